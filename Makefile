@@ -1,0 +1,52 @@
+# The first use of any target makes the environment; later uses install nothing, until
+# requirements.txt or the packaging files change.
+#
+#   make demo     the main experiment: coupled sparse networks on few labels
+#   make test     lint, format, types and tests
+#   make slow     the tests that take minutes
+#   make bench    what sparsity costs per step
+#   make clean    remove the environment and caches; runs are kept
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: env demo test slow bench clean
+
+env: $(INSTALLED)
+
+$(INSTALLED): requirements.txt setup.cfg pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: $(PYTHON) was not found; install Python 3.11 or newer," \
+	    "or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: d2sparse needs Python 3.11 or newer, $(PYTHON) is" \
+	    "$$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) lacks the module venv (or ensurepip); on Debian and" \
+	    "Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Installing the environment into .venv (once, a minute or two)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --requirement requirements.txt
+	@touch $@
+
+demo: env
+	@$(BIN)/python -m experiments.d2_sparse
+
+test: env
+	@$(BIN)/python -m ruff check --quiet
+	@$(BIN)/python -m ruff format --check --quiet || { \
+	  echo "error: unformatted files; run: $(BIN)/ruff format" >&2; exit 1; }
+	@$(BIN)/python -m mypy --no-error-summary
+	@$(BIN)/python -m pytest
+
+slow: env
+	@$(BIN)/python -m pytest -m slow
+
+bench: env
+	@$(BIN)/python -m experiments.benchmark
+
+clean:
+	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

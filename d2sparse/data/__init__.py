@@ -1,0 +1,31 @@
+"""Data sets, data budgets, minibatch streams and on-device augmentation."""
+
+from d2sparse.data.augment import (
+    channel_statistics,
+    color_jitter,
+    cutout,
+    flip,
+    make_augment,
+    shift,
+    standardize,
+)
+from d2sparse.data.batches import batch_indices, steps_per_epoch
+from d2sparse.data.budgets import budget, holdout
+from d2sparse.data.sources import Source, Split, load
+
+__all__ = [
+    "Source",
+    "Split",
+    "batch_indices",
+    "budget",
+    "channel_statistics",
+    "color_jitter",
+    "cutout",
+    "flip",
+    "holdout",
+    "load",
+    "make_augment",
+    "shift",
+    "standardize",
+    "steps_per_epoch",
+]

@@ -1,0 +1,60 @@
+"""D2-Sparse: two coupled sparse networks that learn from few labels.
+
+What is published: the title, the authors (Misra, Nolte, Mishra, Yin; PML4LRS workshop
+at ICLR 2024) and an abstract that speaks of dual dynamic sparse learning after the
+complementary learning systems of the brain, a fast and a slow learner. No equations and
+no code are public. **The formulation below is this project's reconstruction**: mutual
+distillation between two networks (arXiv 1706.00384), each trained by prune and grow at
+a fixed budget (RigL, arXiv 1911.11134), whose masks avoid each other; or, in the
+consolidated form, a slow network that is the masked running average of the fast one
+(after CLS-ER, arXiv 2201.12604).
+
+    L_fast = CE(z_fast, y) + lambda_fast(t) tau^2 KL(sg q_slow || q_fast)
+    L_slow = CE(z_slow, y) + lambda_slow(t) tau^2 KL(sg q_fast || q_slow)
+
+with `q = softmax(z / tau)` and `sg` stopping the gradient. Both terms use the logits of
+the same step, before either update. Each network has its own transformation, so that
+the budget of one is never spent by the other.
+"""
+
+from d2sparse.dual.consolidation import consolidate
+from d2sparse.dual.pair import (
+    Consolidation,
+    Coupling,
+    Dual,
+    Trace,
+    get_pair_masks,
+    pair_macs,
+    split_sparsity,
+    stored_numbers,
+)
+from d2sparse.dual.presets import (
+    MODES,
+    PRESETS,
+    MakeOptimizer,
+    Plan,
+    make_plans,
+    make_transforms,
+)
+from d2sparse.dual.step import discourage, init_pair, make_dual_step
+
+__all__ = [
+    "MODES",
+    "PRESETS",
+    "Consolidation",
+    "Coupling",
+    "Dual",
+    "MakeOptimizer",
+    "Plan",
+    "Trace",
+    "consolidate",
+    "discourage",
+    "get_pair_masks",
+    "init_pair",
+    "make_dual_step",
+    "make_plans",
+    "make_transforms",
+    "pair_macs",
+    "split_sparsity",
+    "stored_numbers",
+]

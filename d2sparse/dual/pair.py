@@ -1,0 +1,183 @@
+"""What belongs to two learners: containers, budgets, masks, storage and cost."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2sparse import macs as costs
+from d2sparse.schedules import When
+from d2sparse.train import TrainState
+from d2sparse.transforms import get_masks
+from d2sparse.tree import PyTree
+
+
+class Dual(NamedTuple):
+    """Something of the fast learner and the same of the slow learner."""
+
+    fast: Any
+    slow: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Coupling:
+    """How the two learners influence each other; all zeros: not at all.
+
+    Attributes:
+      fast: lambda_fast, weight of the slow learner's teaching in the fast one's loss.
+      slow: lambda_slow, weight of the fast learner's teaching in the slow one's loss.
+      temperature: tau of the distillation, above 0.
+      ramp: steps over which both weights rise from 0; 0 means at once.
+      masks: kappa in [-1, 1]. Growth scores are multiplied by `1 - kappa` where the
+        peer is live: 1 makes the masks complementary, -1 attracts them.
+      independent_views: whether each learner sees an augmentation of its own.
+    """
+
+    fast: float = 1.0
+    slow: float = 1.0
+    temperature: float = 1.0
+    ramp: int = 0
+    masks: float = 1.0
+    independent_views: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses values outside of their ranges."""
+        if self.fast < 0 or self.slow < 0 or self.ramp < 0:
+            raise ValueError(
+                "expected coupling weights and a ramp of at least 0, got "
+                f"fast={self.fast}, slow={self.slow}, ramp={self.ramp}"
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"expected a temperature above 0, got {self.temperature}")
+        if not -1 <= self.masks <= 1:
+            raise ValueError(
+                f"expected a mask coupling in [-1, 1], got {self.masks}; 1 makes the "
+                "masks complementary, 0 leaves them independent"
+            )
+
+
+class Trace(NamedTuple):
+    """State of a consolidating slow learner.
+
+    Attributes:
+      average: running average of the fast learner's parameters.
+      masks: which of them the slow learner uses.
+    """
+
+    average: PyTree
+    masks: PyTree
+
+
+class Consolidation(NamedTuple):
+    """How the slow learner follows the fast one, in place of an optimiser.
+
+    Attributes:
+      sparsity: fraction of zeros of the slow learner.
+      decay: alpha in [0, 1) of the running average; its horizon is `1 / (1 - alpha)`.
+      when: step -> bool, when the slow learner's mask is drawn anew.
+    """
+
+    sparsity: float
+    decay: float
+    when: When
+
+
+def split_sparsity(size: int, sparsity: float, share: float = 0.5) -> Dual:
+    """Sparsities of the two learners that together keep one network's budget.
+
+    `k = round((1 - sparsity) * size)` weights are kept in all, `round(share * k)` of
+    them by the fast learner.
+
+    Args:
+      size: number of prunable weights of one network.
+      sparsity: fraction of zeros of one network of the same budget, in [0, 1).
+      share: the fast learner's part of the budget, in (0, 1).
+
+    Raises:
+      ValueError: the sparsity or the share is outside of its range.
+
+    >>> split_sparsity(1000, 0.8)
+    Dual(fast=0.9, slow=0.9)
+    """
+    if not 0 <= sparsity < 1 or not 0 < share < 1:
+        raise ValueError(
+            "expected a sparsity in [0, 1) and a share in (0, 1), got "
+            f"sparsity={sparsity}, share={share}"
+        )
+    total = round((1 - sparsity) * size)
+    fast = round(share * total)
+    return Dual(1 - fast / size, 1 - (total - fast) / size)
+
+
+def get_pair_masks(state: TrainState) -> Dual:
+    """The masks of both learners."""
+    slow = state.opt_state.slow
+    slow_masks = slow.masks if isinstance(slow, Trace) else get_masks(slow)
+    return Dual(get_masks(state.opt_state.fast), slow_masks)
+
+
+def stored_numbers(state: TrainState) -> int:
+    """Trained numbers that the pair must keep to go on training.
+
+    Live weights of both networks and everything that is never pruned; for a
+    consolidating slow learner, the support of its average in place of its weights.
+    """
+    masks = get_pair_masks(state)
+    slow = state.opt_state.slow
+    if isinstance(slow, Trace):
+        masks = masks._replace(slow=_support(slow.average, slow.masks))
+    return sum(int(np.sum(mask)) for mask in jax.tree.leaves(jax.device_get(masks)))
+
+
+def pair_macs(
+    state: TrainState,
+    macs: Dual,
+    interval: Dual,
+    growth_samples: int,
+    batch_size: int,
+) -> dict[str, float]:
+    """Theoretical multiply-accumulates of a pair: in training and at inference.
+
+    A trained pair costs the sum of both networks' rows of `macs.training_macs`; a
+    consolidating one costs the fast network's row and the slow one's forward pass. The
+    forward pass of the peer on the growth batch is counted too.
+
+    Args:
+      state: the pair, for its masks.
+      macs: dense forward cost of each network by path, from `macs.forward_macs`.
+      interval: mean steps between the refreshes of each learner's mask, over the whole
+        run; None where there are none.
+      growth_samples: examples of a growth gradient; 0 means the step's batch.
+      batch_size: examples of a training step.
+
+    Returns:
+      MACs per example: "training" (of one step), "fast", "slow" and "ensemble".
+    """
+    sparse = [
+        float(costs.masked_macs(c, m))
+        for c, m in zip(macs, get_pair_masks(state), strict=True)
+    ]
+    followed = isinstance(state.opt_state.slow, Trace)
+    training = sparse[1] if followed else 0.0
+    for learner in (0,) if followed else (0, 1):
+        training += float(
+            costs.training_macs(
+                sparse[learner],
+                sum(macs[learner].values()),
+                interval=interval[learner],
+                growth_samples=(interval[learner] and growth_samples) or None,
+                batch_size=batch_size,
+            )
+        )
+        if interval[learner] and growth_samples:
+            peer = sparse[1 - learner]
+            training += peer * growth_samples / (batch_size * interval[learner])
+    names = ("training", "fast", "slow", "ensemble")
+    return dict(zip(names, (training, *sparse, sum(sparse)), strict=True))
+
+
+def _support(average: PyTree, masks: PyTree) -> PyTree:
+    """What is kept of the average; a leaf that is never pruned is kept whole."""
+    return jax.tree.map(lambda a, m: (a != 0) | jnp.all(m), average, masks)

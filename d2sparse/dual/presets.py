@@ -1,0 +1,116 @@
+"""How the two learners are trained: named plans for their steps and masks."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import optax
+
+from d2sparse.dual.pair import Consolidation, Dual
+from d2sparse.rules import rigl
+from d2sparse.schedules import Schedule, When, cosine, every
+from d2sparse.transforms import sparsify
+
+PRESETS = ("symmetric", "fast_slow")
+MODES = ("trained", "consolidated")
+
+MakeOptimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
+
+
+class Plan(NamedTuple):
+    """How one learner moves.
+
+    Attributes:
+      learning_rate: step -> learning rate.
+      drop_fraction: step -> fraction of the live weights that falls at a refresh.
+      when: step -> bool, when the mask is refreshed.
+      interval: steps between two refreshes while there are any.
+    """
+
+    learning_rate: optax.Schedule
+    drop_fraction: Schedule
+    when: When
+    interval: int
+
+
+def make_plans(preset: str, learning_rate: float, steps: int, interval: int) -> Dual:
+    """Plans of the two learners.
+
+    * `"symmetric"`: both anneal the learning rate along a cosine and move 0.3 of the
+      mask at every interval.
+    * `"fast_slow"`: the fast learner keeps a constant half of the learning rate and
+      moves 0.5 of its mask; the slow one anneals and moves 0.1 at every fourth
+      interval. The asymmetry lies in the masks and schedules, not in a smaller step.
+
+    Masks move in the first three quarters of the run; drop fractions fall along a
+    cosine.
+
+    Args:
+      preset: "symmetric" or "fast_slow".
+      learning_rate: the largest learning rate.
+      steps: steps of the run.
+      interval: steps between two refreshes of the fast learner's mask.
+
+    Raises:
+      ValueError: unknown preset.
+
+    >>> plans = make_plans("fast_slow", 0.1, steps=1000, interval=25)
+    >>> plans.fast.interval, plans.slow.interval
+    (25, 100)
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"expected a preset of {PRESETS}, got {preset!r}")
+    stop = max(steps * 3 // 4, 1)
+    annealed = optax.cosine_decay_schedule(learning_rate, steps)
+
+    def plan(rate: optax.Schedule, fraction: float, interval: int) -> Plan:
+        return Plan(rate, cosine(fraction, stop), every(interval, stop), interval)
+
+    if preset == "symmetric":
+        return Dual(*[plan(annealed, 0.3, interval)] * 2)
+    constant = optax.constant_schedule(learning_rate / 2)
+    return Dual(plan(constant, 0.5, interval), plan(annealed, 0.1, 4 * interval))
+
+
+def make_transforms(
+    plans: Dual,
+    sparsities: Dual,
+    optimizer: MakeOptimizer,
+    mode: str = "trained",
+    horizon: float | None = None,
+    key: jax.Array | int = 0,
+) -> Dual:
+    """Transformations of the two learners, each with masks of its own.
+
+    Args:
+      plans: how they move.
+      sparsities: fraction of zeros of each.
+      optimizer: learning rate -> inner optimiser.
+      mode: "trained", both by gradient; or "consolidated", the slow learner being the
+        masked running average of the fast one.
+      horizon: steps the running average reaches back; needed in mode "consolidated".
+      key: random key or seed of both rules.
+
+    Raises:
+      ValueError: unknown mode, or a horizon that is missing or below 1.
+    """
+    if mode not in MODES:
+        raise ValueError(f"expected a mode of {MODES}, got {mode!r}")
+    key = jax.random.key(key) if isinstance(key, int) else key
+    fast, slow = (
+        sparsify(
+            optimizer(plan.learning_rate),
+            rigl(sparsity, plan.drop_fraction),
+            plan.when,
+            learner_key,
+        )
+        for plan, sparsity, learner_key in zip(
+            plans, sparsities, jax.random.split(key), strict=True
+        )
+    )
+    if mode == "trained":
+        return Dual(fast, slow)
+    if horizon is None or horizon < 1:
+        raise ValueError(f"expected a horizon of at least 1 step, got {horizon}")
+    decay = 1 - 1 / horizon
+    return Dual(fast, Consolidation(sparsities.slow, decay, plans.slow.when))

@@ -1,0 +1,253 @@
+"""Two networks trained as one: their start, their joint loss, one step of both."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from d2sparse import losses, metrics, scores, tree
+from d2sparse.dual.consolidation import begin_trace, consolidate
+from d2sparse.dual.pair import Consolidation, Coupling, Dual, get_pair_masks
+from d2sparse.masks import apply_masks, count, select
+from d2sparse.train import (
+    Augment,
+    Data,
+    Metrics,
+    Step,
+    TrainState,
+    growth_batch,
+    init_state,
+    inputs,
+    step_keys,
+    take,
+)
+from d2sparse.transforms import get_masks, set_masks
+from d2sparse.tree import Prunable, PyTree, is_kernel
+
+
+def init_pair(
+    models: Dual,
+    tx: Dual,
+    data: Data,
+    key: jax.Array,
+    coupling: Coupling,
+    prunable: Prunable = is_kernel,
+) -> TrainState:
+    """The pair's state at step 0.
+
+    With a mask coupling the slow learner's random mask starts where the fast one's is
+    not (kappa > 0) or is (kappa < 0).
+
+    Args:
+      models: the two networks; they may differ, if the masks are not coupled.
+      tx: their optimisers made by `sparsify`; a `Consolidation` for a slow learner that
+        has none.
+      data: examples whose shape the networks are built for.
+      key: random key of the run.
+      coupling: how they influence each other.
+      prunable: predicate on (path, leaf).
+
+    Raises:
+      ValueError: masks are coupled between networks of different shapes.
+    """
+    fast_key, slow_key, mask_key, run_key = jax.random.split(key, 4)
+    fast = init_state(models.fast, tx.fast, data, fast_key)
+    if isinstance(tx.slow, Consolidation):
+        trace, params = begin_trace(fast.params, tx.slow, prunable)
+        slow = fast._replace(params=params, opt_state=trace)
+    else:
+        slow = init_state(models.slow, optax.identity(), data, slow_key)
+        opt_state = tx.slow.init(slow.params)
+        masks = get_masks(opt_state)
+        if coupling.masks:
+            peer = get_masks(fast.opt_state)
+            masks = _apart(masks, peer, coupling.masks, mask_key, prunable)
+        slow = slow._replace(
+            params=apply_masks(slow.params, masks),
+            opt_state=set_masks(opt_state, masks),
+        )
+    joined = jax.tree.map(jnp.array, slow)  # Copies: donation allows no sharing.
+    return TrainState(
+        fast.step,
+        Dual(fast.params, joined.params),
+        Dual(fast.model_state, joined.model_state),
+        Dual(fast.opt_state, joined.opt_state),
+        run_key,
+    )
+
+
+def make_dual_step(
+    models: Dual,
+    tx: Dual,
+    coupling: Coupling,
+    augment: Augment | None = None,
+    smoothing: float = 0.0,
+    growth_samples: int = 1024,
+    prunable: Prunable = is_kernel,
+) -> Step:
+    """One step of the pair, pure: `(state, data, indices) -> (state, metrics)`.
+
+    Where `tx.slow` is an optimiser both learners are trained by gradient (mode
+    "trained"); where it is a `Consolidation` the slow one is a masked running average
+    of the fast one and has no loss (mode "consolidated").
+
+    Args:
+      models: the two networks.
+      tx: their optimisers.
+      coupling: how they influence each other.
+      augment: `(key, images) -> images`.
+      smoothing: label smoothing in [0, 1).
+      growth_samples: examples of the growth gradient (at most all); 0 means the batch.
+      prunable: predicate on (path, leaf).
+    """
+    consolidated = isinstance(tx.slow, Consolidation)
+    objective = _make_objective(models, coupling, augment, smoothing, consolidated)
+
+    def step(
+        state: TrainState, data: Data, indices: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        params, opt_state = state.params, state.opt_state
+        loss_key, growth_key = step_keys(state)
+
+        def gradient(batch: Data, key: jax.Array) -> tuple[Dual, Any]:
+            return jax.grad(objective, has_aux=True)(params, state, batch, key)
+
+        grads, (model_state, logs) = gradient(take(data, indices), loss_key)
+
+        def dense_grads() -> Dual:
+            if not growth_samples:
+                return grads
+            batch = growth_batch(data, growth_samples, growth_key)
+            return gradient(batch, growth_key)[0]
+
+        kappa, masks = coupling.masks, get_pair_masks(state)
+        fast, fast_state = _descend(
+            tx.fast,
+            params.fast,
+            opt_state.fast,
+            grads.fast,
+            lambda: discourage(dense_grads().fast, masks.slow, kappa),
+        )
+        fast_masks = get_masks(fast_state)
+        if consolidated:
+            slow, slow_state = consolidate(
+                opt_state.slow, fast, fast_masks, state.step, tx.slow, prunable
+            )
+        else:
+            slow, slow_state = _descend(
+                tx.slow,
+                params.slow,
+                opt_state.slow,
+                grads.slow,
+                lambda: discourage(dense_grads().slow, fast_masks, kappa),
+            )
+        pair = Dual(fast, slow), model_state, Dual(fast_state, slow_state)
+        return TrainState(state.step + 1, *pair, state.key), logs
+
+    return step
+
+
+def discourage(grads: PyTree, peer_masks: PyTree, kappa: float) -> PyTree:
+    """Gradients scaled so that growth avoids, or seeks, what is live in the peer.
+
+    `g * max(1 - kappa * peer, 1e-6)`; it is meant for growth scores alone.
+
+    Args:
+      grads: tree of gradients.
+      peer_masks: the peer's masks, of the same structure.
+      kappa: in [-1, 1]; at 0 the gradients are returned as they are.
+
+    >>> discourage({"w": jnp.ones(2)}, {"w": jnp.array([True, False])}, 0.5)
+    {'w': Array([0.5, 1. ], dtype=float32)}
+    """
+    if not kappa:
+        return grads
+    return jax.tree.map(
+        lambda g, peer: g * jnp.maximum(1 - kappa * peer, 1e-6), grads, peer_masks
+    )
+
+
+def _make_objective(
+    models: Dual,
+    coupling: Coupling,
+    augment: Augment | None,
+    smoothing: float,
+    consolidated: bool,
+) -> Callable[..., tuple[jax.Array, Any]]:
+    """The one scalar whose gradient trains both learners, the other side detached."""
+
+    def objective(
+        params: Dual, state: TrainState, batch: Data, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Dual, Metrics]]:
+        views = _views(batch, key, augment, coupling.independent_views)
+        outputs = [
+            model.apply(p, s, x, train=True)
+            for model, p, s, x in zip(
+                models, params, state.model_state, views, strict=True
+            )
+        ]
+        (fast, fast_state), (slow, slow_state) = outputs
+        ramp = jnp.minimum(1.0, state.step / coupling.ramp) if coupling.ramp else 1.0
+
+        def loss(logits: jax.Array, peer: jax.Array, weight: float) -> jax.Array:
+            own = losses.cross_entropy(logits, batch.labels, smoothing)
+            taught = losses.distillation(logits, peer, coupling.temperature)
+            return jnp.mean(own + ramp * weight * taught)
+
+        value = loss(fast, slow, coupling.fast)
+        if not consolidated:
+            value += loss(slow, fast, coupling.slow)
+        logs = _logs(Dual(fast, slow), batch.labels)
+        return value, (Dual(fast_state, slow_state), logs)
+
+    return objective
+
+
+def _views(
+    batch: Data, key: jax.Array, augment: Augment | None, independent: bool
+) -> Dual:
+    x = inputs(batch)
+    if augment is None:
+        return Dual(x, x)
+    if not independent:
+        return Dual(*[augment(key, x)] * 2)
+    return Dual(*(augment(k, x) for k in jax.random.split(key)))
+
+
+def _logs(logits: Dual, labels: jax.Array) -> Metrics:
+    both = jax.nn.softmax(logits.fast) + jax.nn.softmax(logits.slow)
+    return {
+        "loss": jnp.mean(losses.cross_entropy(logits.fast, labels)),
+        "loss_slow": jnp.mean(losses.cross_entropy(logits.slow, labels)),
+        "train_accuracy": metrics.accuracy(both, labels),
+        "disagreement": metrics.disagreement(logits.fast, logits.slow),
+    }
+
+
+def _descend(
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    opt_state: optax.OptState,
+    grads: PyTree,
+    growth_fn: Callable[[], PyTree],
+) -> tuple[PyTree, optax.OptState]:
+    tx = optax.with_extra_args_support(tx)
+    updates, opt_state = tx.update(grads, opt_state, params, growth_fn=growth_fn)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def _apart(
+    masks: PyTree, peer: PyTree, kappa: float, key: jax.Array, prunable: Prunable
+) -> PyTree:
+    """Random masks with the counts of the given ones, where the peer's are not."""
+    if jax.tree.map(jnp.shape, masks) != jax.tree.map(jnp.shape, peer):
+        raise ValueError(
+            "expected two networks of one shape, since their masks are coupled, got "
+            "different ones; set the mask coupling to 0"
+        )
+    ranks = scores.random(masks, None, key)
+    ranks = jax.tree.map(lambda rank, live: rank - kappa * live, ranks, peer)
+    ranks = tree.prunable_leaves(ranks, prunable)
+    return tree.replace(masks, select(ranks, count(masks, prunable)))

@@ -1,0 +1,118 @@
+"""Schedules: how much, and when, as functions of the step.
+
+A value schedule maps a step to a sparsity or to a drop fraction; a refresh schedule
+maps a step to a bool. Steps count the optimiser's updates from 0 and may be traced.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+Step = int | jax.Array
+Schedule = Callable[[Step], float | jax.Array]
+When = Callable[[Step], jax.Array]
+
+
+def constant(value: float) -> Schedule:
+    """The same value at every step.
+
+    >>> float(constant(0.5)(10))
+    0.5
+    """
+    return lambda step: jnp.asarray(value, jnp.float32)
+
+
+def linear(start: float, end: float, steps: int, begin: int = 0) -> Schedule:
+    """From `start` at step `begin` to `end` at step `begin + steps`, in a line.
+
+    >>> [float(linear(0.0, 0.8, 4)(step)) for step in (0, 2, 9)]
+    [0.0, 0.4000000059604645, 0.800000011920929]
+    """
+    _check_steps(steps)
+    return lambda step: start + (end - start) * _progress(step, begin, steps)
+
+
+def cubic(end: float, steps: int, begin: int = 0, start: float = 0.0) -> Schedule:
+    """Fast at first, slow at the end: gradual pruning's polynomial.
+
+    `end + (start - end) * (1 - (step - begin) / steps)^3`, constant outside of it. From
+    Zhu and Gupta (arXiv 1710.01878).
+
+    >>> [round(float(cubic(0.8, 4)(step)), 3) for step in (0, 1, 2, 4, 9)]
+    [0.0, 0.463, 0.7, 0.8, 0.8]
+    """
+    _check_steps(steps)
+    return lambda step: end + (start - end) * (1 - _progress(step, begin, steps)) ** 3
+
+
+def cosine(start: float, steps: int) -> Schedule:
+    """From `start` to 0 along half a cosine: RigL's drop fraction.
+
+    `start / 2 * (1 + cos(pi * step / steps))`, and 0 from `steps` on. From Dettmers and
+    Zettlemoyer (arXiv 1907.04840), as RigL uses it (arXiv 1911.11134).
+
+    >>> [round(float(cosine(0.3, 4)(step)), 3) for step in (0, 2, 4, 9)]
+    [0.3, 0.15, 0.0, 0.0]
+    """
+    _check_steps(steps)
+    return lambda step: start / 2 * (1 + jnp.cos(jnp.pi * _progress(step, 0, steps)))
+
+
+def every(interval: int, stop: int | None = None) -> When:
+    """At steps `interval`, `2 * interval`, ..., before step `stop`.
+
+    Step 0 is left out: nothing has been learned yet. To refresh there, use `at([0])`.
+
+    Raises:
+      ValueError: the interval is not positive.
+
+    >>> [step for step in range(10) if every(3, stop=9)(step)]
+    [3, 6]
+    """
+    if interval < 1:
+        raise ValueError(f"expected an interval of at least 1 step, got {interval}")
+
+    def when(step: Step) -> jax.Array:
+        step = jnp.asarray(step)
+        due = (step > 0) & (step % interval == 0)
+        return due if stop is None else due & (step < stop)
+
+    return when
+
+
+def refresh_interval(samples: int, batch_size: int, stop: int) -> int:
+    """Steps between two refreshes on few data.
+
+    `max(ceil(samples / batch_size), 25, ceil(stop / 40))`: at least one pass over the
+    data, so that the growth gradient has seen every sample; at least 25 steps, so that
+    a weight that starts at 0 can outgrow the drop threshold; at most about 40 of them.
+
+    Args:
+      samples: number of training examples.
+      batch_size: examples per step.
+      stop: step from which the masks stay.
+
+    >>> refresh_interval(samples=100, batch_size=32, stop=1500)
+    38
+    """
+    return max(-(-samples // batch_size), 25, -(-stop // 40))
+
+
+def at(steps: Sequence[int]) -> When:
+    """At the given steps and at no other; `at([])` is never.
+
+    >>> [step for step in range(10) if at([0, 4])(step)]
+    [0, 4]
+    """
+    chosen = [int(step) for step in steps]
+    return lambda step: jnp.isin(jnp.asarray(step), jnp.asarray(chosen, jnp.int32))
+
+
+def _progress(step: Step, begin: int, steps: int) -> jax.Array:
+    return jnp.clip((jnp.asarray(step) - begin) / jnp.float32(steps), 0.0, 1.0)
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"expected a schedule over at least 1 step, got {steps}")

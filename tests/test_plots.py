@@ -1,0 +1,262 @@
+"""What the figures show: the right numbers, named, legible and without side effects."""
+
+import io
+import itertools
+import math
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+from scipy import stats
+from sklearn.isotonic import IsotonicRegression
+
+from d2sparse import plots
+
+STEPS = (0, 50, 100, 150, 200)
+
+
+def measure(method, value, seeds=3):
+    """Measurements of `value(seed, step)`."""
+    return [
+        {"method": method, "seed": seed, "step": step, "accuracy": value(seed, step)}
+        for seed in range(seeds)
+        for step in STEPS
+    ]
+
+
+def row(method, accuracy, macs, error=0.01):
+    return {
+        "method": method,
+        "accuracy": accuracy,
+        "standard_error": error,
+        "relative_macs": macs,
+    }
+
+
+def names(axes):
+    """The texts in the axes with their boxes in pixels, without leader lines."""
+    axes.figure.draw_without_rendering()
+    texts = [text for text in axes.texts if text.get_text()]
+    return {text.get_text(): Text.get_window_extent(text) for text in texts}
+
+
+def overlapping(boxes):
+    pairs = itertools.combinations(boxes, 2)
+    return [(a, b) for a, b in pairs if a.overlaps(b)]
+
+
+def rendered(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def nothing_global_changes():
+    before = dict(mpl.rcParams)
+    yield
+    assert dict(mpl.rcParams) == before
+
+
+# Learning curves
+
+
+def test_a_curve_is_the_mean_in_a_band_of_its_standard_error():
+    rng = np.random.default_rng(0)
+    values = rng.uniform(size=(4, len(STEPS)))
+    metrics = measure("rigl", lambda s, t: values[s, STEPS.index(t)], seeds=4)
+    (axes,) = plots.learning_curves(metrics[::-1], "accuracy", "accuracy").axes
+    (line,) = axes.get_lines()
+    np.testing.assert_array_equal(line.get_xdata(), STEPS)
+    np.testing.assert_allclose(line.get_ydata(), values.mean(0))
+    (band,) = axes.collections
+    corners = band.get_paths()[0].vertices
+    for step, mean, error in zip(STEPS, values.mean(0), stats.sem(values), strict=True):
+        heights = corners[corners[:, 0] == step, 1]
+        assert heights.min() == pytest.approx(mean - error)
+        assert heights.max() == pytest.approx(mean + error)
+
+
+def test_every_method_has_a_line_a_colour_and_a_name():
+    methods = [f"method {i}" for i in range(10)]
+    metrics = [
+        line
+        for i, method in enumerate(methods)
+        for line in measure(method, lambda s, t, i=i: i / 100 + t / 1000)
+    ]
+    (axes,) = plots.learning_curves(metrics, "accuracy", "test accuracy").axes
+    lines = axes.get_lines()
+    assert [line.get_label() for line in lines] == methods
+    looks = {(line.get_color(), line.get_linestyle()) for line in lines}
+    assert len(looks) == len(methods)
+    assert list(names(axes)) == methods
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("training step", "test accuracy")
+
+
+def test_names_of_lines_with_one_end_do_not_overlap_or_leave_the_figure():
+    metrics = [
+        line
+        for i in range(8)
+        for line in measure(f"method {i}", lambda s, t, i=i: t / 200 - i / 1e4)
+    ]
+    figure = plots.learning_curves(metrics, "accuracy", "accuracy")
+    boxes = names(figure.axes[0])
+    assert overlapping(boxes.values()) == []
+    lowest, *_, highest = sorted(boxes, key=lambda name: boxes[name].y0)
+    assert (lowest, highest) == ("method 7", "method 0")
+    assert all(figure.bbox.contains(box.x1, box.y1) for box in boxes.values())
+
+
+def test_percentages_and_the_late_part_of_training_are_shown():
+    metrics = measure("rigl", lambda s, t: 0.1 if t == 0 else 0.8 + t / 2000)
+    figure = plots.learning_curves(metrics, "accuracy", "accuracy", percent=True)
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    assert 0.8 < low < 0.825
+    assert 0.9 < high < 0.91
+    rendered(figure)
+    ticks = [label.get_text() for label in axes.get_yticklabels()]
+    assert {"84%", "86%"} <= set(ticks)
+
+
+def test_one_seed_one_level_and_diverged_runs_can_be_drawn():
+    metrics = measure("one seed", lambda s, t: 0.5, seeds=1)
+    metrics += measure("diverges", lambda s, t: 0.5 if t < 100 else math.nan)
+    metrics += measure("diverged", lambda s, t: math.nan)
+    figure = plots.learning_curves(metrics, "accuracy", "accuracy")
+    assert list(names(figure.axes[0])) == ["one seed", "diverges"]
+    assert rendered(figure).startswith(b"\x89PNG")
+
+
+def test_measurements_without_the_key_are_left_out_unless_all_are():
+    metrics = [*measure("rigl", lambda s, t: t), {"method": "set", "step": 0, "nll": 1}]
+    (axes,) = plots.learning_curves(metrics, "accuracy", "accuracy").axes
+    assert list(names(axes)) == ["rigl"]
+    with pytest.raises(ValueError, match=r"no measurement has the key 'ece', only"):
+        plots.learning_curves(metrics, "ece", "calibration error")
+
+
+def test_names_move_apart_as_little_as_possible():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 7):
+        heights = rng.uniform(0.4, 0.6, size=n)
+        spread = plots._spread(heights, 0.07)
+        order, gaps = np.argsort(heights), 0.07 * np.arange(n)
+        fitted = IsotonicRegression().fit_transform(range(n), heights[order] - gaps)
+        np.testing.assert_allclose(spread[order], fitted + gaps)
+    np.testing.assert_allclose(plots._spread([0.9, 0.1], 0.07), [0.9, 0.1])
+    np.testing.assert_allclose(plots._spread([1, 1, 0, 0], 0.1), [0.9, 1, 0, 0.1])
+
+
+# Accuracy against cost
+
+
+def test_points_stand_where_the_rows_say():
+    rows = [row("dense", 0.9, 1.0), row("rigl", 0.91, 0.25, error=math.nan)]
+    figure = plots.accuracy_against_cost(rows)
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log"
+    points = [bar.lines[0].get_xydata()[0].tolist() for bar in axes.containers]
+    assert points == [[1.0, 0.9], [0.25, 0.91]]
+    (segment,) = axes.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose(segment[:, 1], [0.89, 0.91])
+    rendered(figure)
+    low, high = axes.get_xlim()
+    ticks = [t.get_text() for t in axes.get_xticklabels()]
+    assert {"0.5", "1"} <= set(ticks)
+    assert low < 0.25 < 1 < high
+
+
+def test_colours_agree_with_those_of_the_learning_curves():
+    methods = ["dense", "set", "rigl"]
+    metrics = [line for m in methods for line in measure(m, lambda s, t: t)]
+    (curves,) = plots.learning_curves(metrics, "accuracy", "accuracy").axes
+    (costs,) = plots.accuracy_against_cost([row(m, 0.5, 1) for m in methods]).axes
+    lines = [to_hex(line.get_color()) for line in curves.get_lines()]
+    points = [to_hex(bar.lines[0].get_color()) for bar in costs.containers]
+    assert lines == points
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_names_of_points_overlap_neither_each_other_nor_the_points(seed):
+    rng = np.random.default_rng(seed)
+    rows = [
+        row(f"method {i}", rng.uniform(0.85, 0.95), 10 ** rng.uniform(-0.7, 0.7))
+        for i in range(7)
+    ]
+    figure = plots.accuracy_against_cost(rows)
+    (axes,) = figure.axes
+    boxes = names(axes)
+    assert list(boxes) == [r["method"] for r in rows]
+    assert overlapping(boxes.values()) == []
+    points = axes.transData.transform(
+        [(r["relative_macs"], r["accuracy"]) for r in rows]
+    )
+    assert not any(box.contains(*point) for box in boxes.values() for point in points)
+    assert all(axes.bbox.contains(box.x0, box.y0) for box in boxes.values())
+
+
+# Masks
+
+
+def test_weights_have_the_colour_of_the_networks_that_keep_them():
+    fast = np.array([[True, True, False], [False, True, False]])
+    slow = np.array([[True, False, True], [False, True, False]])
+    left, _ = plots.mask_pair(fast, slow, [0, 1], [0.5, 0.4], 0.3).axes
+    (image,) = left.get_images()
+    black, orange, blue, grey = "#000000", "#e69f00", "#0072b2", "#f4f4f4"
+    shown = [
+        [to_hex(colour) for colour in line]
+        for line in image.to_rgba(image.get_array(), norm=True)
+    ]
+    assert shown == [[black, orange, blue], [grey, black, grey]]
+    legend = left.get_legend()
+    entries = {
+        text.get_text(): to_hex(patch.get_facecolor())
+        for text, patch in zip(legend.get_texts(), legend.get_patches(), strict=True)
+    }
+    assert entries == {
+        "both 33.3%": black,
+        "fast only 16.7%": orange,
+        "slow only 16.7%": blue,
+        "neither 33.3%": grey,
+    }
+
+
+def test_of_a_large_layer_a_part_is_shown_and_all_of_it_counted():
+    fast = np.zeros((100, 300), bool)
+    fast[90:] = True
+    left, _ = plots.mask_pair(fast, fast, [0], [1.0], 0.1).axes
+    (image,) = left.get_images()
+    assert image.get_array().shape == (64, 128)
+    assert not image.get_array().any()
+    assert left.get_xlabel() == "output unit (first 128 of 300)"
+    assert left.get_ylabel() == "input unit (first 64 of 100)"
+    assert left.get_legend().get_texts()[0].get_text() == "both 10.0%"
+
+
+@pytest.mark.parametrize("overlap", [[0.3, 0.1], [0.3, 0.4]])
+def test_the_overlap_is_drawn_next_to_its_chance_level(overlap):
+    masks = np.eye(3, dtype=bool)
+    figure = plots.mask_pair(masks, masks, [0, 50], overlap, 0.2)
+    _, right = figure.axes
+    curve, chance = right.get_lines()
+    np.testing.assert_array_equal(
+        curve.get_xydata(), [[0, overlap[0]], [50, overlap[1]]]
+    )
+    assert set(chance.get_ydata()) == {0.2}
+    (box,) = names(right).values()
+    level = right.transData.transform((0, 0.2))[1]
+    assert (box.y0 > level) == (overlap[-1] < 0.2)
+    assert right.get_ylim()[0] == 0
+    assert right.get_ylim()[1] > max(overlap)
+    assert rendered(figure).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (4, 3)), ((2, 2, 2), (2, 2, 2))])
+def test_masks_are_matrices_of_one_shape(shapes):
+    fast, slow = (np.ones(shape, bool) for shape in shapes)
+    with pytest.raises(ValueError, match="two matrices of one shape, got shapes"):
+        plots.mask_pair(fast, slow, [0], [1.0], 0.5)
