@@ -94,7 +94,7 @@ def _array_module(sparsity: Sparsity) -> Any:
 
 def _keep(total: int, sparsity: Sparsity) -> Count:
     xp = _array_module(sparsity)
-    return xp.round((1 - sparsity) * total).astype(xp.int32)
+    return xp.round((1 - sparsity) * total).astype(int)
 
 
 def _share(

@@ -74,11 +74,11 @@ def rewind(state: TrainState, masks: PyTree) -> TrainState:
       state: the state to go back to; its optimiser is made by `sparsify`.
       masks: tree of bool like the parameters.
     """
-    state = jax.tree.map(jnp.copy, state)  # A copy: training uses the state up.
-    return state._replace(
+    state = state._replace(
         params=apply_masks(state.params, masks),
         opt_state=set_masks(state.opt_state, masks),
     )
+    return jax.tree.map(jnp.copy, state)  # Masks too: training uses the state up.
 
 
 def find_ticket(

@@ -5,10 +5,11 @@ leaf; a leaf that is never pruned is all True. Sparsity is the fraction of zeros
 density = 1 - sparsity, both over the prunable leaves unless said otherwise.
 """
 
+import collections
 import functools
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,13 @@ import optax
 from d2sparse import tree
 from d2sparse.tree import Count, Counts, Prunable, PyTree, is_kernel
 
-# Two histograms of 2**16 bins read a score twice. Below this size clearing and summing
-# so many bins costs more than reading the scores a third time.
+# Digits of the scores, in bits. Wide ones read the scores twice instead of three times,
+# which pays where there are more scores than bins to clear and sum.
+_WIDE, _NARROW = 16, 11
 _WIDE_FROM = 1 << 18
-_WIDE, _NARROW = (16, 16), (11, 11, 10)
+# Scores counted at once where they are counted in pieces: their temporaries stay in the
+# second-level cache.
+_PIECE = 1 << 16
 
 
 def top_k(scores: PyTree, k: Count) -> PyTree:
@@ -31,10 +35,10 @@ def top_k(scores: PyTree, k: Count) -> PyTree:
     order of the leaves. An entry whose score is NaN or `-inf` is not eligible: it is
     never kept. Scores are compared as float32.
 
-    Nothing is sorted. The k-th largest score is found digit by digit in the integer
-    view of the floats, with one histogram of each leaf per digit; histograms of several
-    leaves, or of the shards of one leaf, are added. So `k` may be traced, the function
-    may be vmapped over it, and sharded leaves stay where they are.
+    Nothing is sorted: the k-th largest score is found digit by digit in the integer
+    view of the floats, by histograms. Those of several leaves, or of the shards of one,
+    are added. So `k` may be traced, the function may be vmapped over it, and sharded
+    leaves stay where they are.
 
     Args:
       scores: tree of float[...]; a single array is a tree too.
@@ -50,22 +54,21 @@ def top_k(scores: PyTree, k: Count) -> PyTree:
     [True, False, False, True]
     """
     leaves, structure = jax.tree.flatten(scores)
-    if tree.size(leaves) >= 2**31:
-        raise ValueError(
-            f"expected fewer than 2**31 scores in one selection, got "
-            f"{tree.size(leaves)}; share the budget between leaves with a distribution"
-        )
-    keys = [_ordered_bits(leaf) for leaf in leaves]
-    return jax.tree.unflatten(structure, _largest(keys, jnp.asarray(k, jnp.int32)))
+    kept = _largest(leaves, (0,) * len(leaves), jnp.asarray(k, jnp.int32)[None], None)
+    return jax.tree.unflatten(structure, kept)
 
 
-def select(scores: Mapping[str, jax.Array], counts: Counts) -> dict[str, jax.Array]:
+def select(
+    scores: Mapping[str, jax.Array], counts: Counts, key: jax.Array | None = None
+) -> dict[str, jax.Array]:
     """Masks of the largest scores, in each leaf or over all leaves.
 
     Args:
       scores: float[...] by path.
       counts: numbers of weights to keep by path, as a distribution returns them; or one
         number, for which all leaves compete.
+      key: random key of the order in which ties are broken; if not given, they go to
+        the lower index.
 
     Returns:
       bool[...] by path.
@@ -77,8 +80,14 @@ def select(scores: Mapping[str, jax.Array], counts: Counts) -> dict[str, jax.Arr
     {'a': [False, True], 'b': [False, True]}
     """
     if isinstance(counts, Mapping):
-        return {path: top_k(leaf, counts[path]) for path, leaf in scores.items()}
-    return top_k(dict(scores), counts)
+        groups = tuple(range(len(scores)))
+        wanted = jnp.stack([jnp.asarray(counts[path], jnp.int32) for path in scores])
+    else:
+        groups = (0,) * len(scores)
+        wanted = jnp.asarray(counts, jnp.int32)[None]
+    salts = None if key is None else jax.random.bits(key, wanted.shape)
+    kept = _largest(list(scores.values()), groups, wanted, salts)
+    return dict(zip(scores, kept, strict=True))
 
 
 def dense_masks(params: PyTree) -> PyTree:
@@ -119,6 +128,32 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(leaf, masks, params, is_leaf=is_gap)
 
 
+def copy_masks(masks: PyTree, like: PyTree) -> PyTree:
+    """Copies of masks for a tree of parameters, which may be a part of theirs.
+
+    They are copies, so that a state with them may be donated.
+
+    Args:
+      masks: tree of bool with the structure of all parameters.
+      like: parameters or masks. Where it holds `optax.MaskedNode`, as what one branch
+        of `optax.partition` sees does, so does the copy.
+
+    Raises:
+      ValueError: the structures or shapes differ.
+
+    >>> given = {"w": np.array([True, False]), "b": np.array([True])}
+    >>> copy_masks(given, {"w": jnp.zeros(2), "b": optax.MaskedNode()})
+    {'b': MaskedNode(), 'w': Array([ True, False], dtype=bool)}
+    """
+
+    def copied(node: Any, mask: Any) -> Any:
+        return node if is_gap(node) else jnp.array(mask, bool)
+
+    copies = jax.tree.map(copied, like, masks, is_leaf=is_gap)
+    apply_masks(like, copies)  # Complains where the shapes differ.
+    return copies
+
+
 def is_gap(node: Any) -> bool:
     """Whether a node stands where a wrapper such as `optax.partition` hid a leaf.
 
@@ -135,7 +170,24 @@ def count(masks: PyTree, prunable: Prunable = is_kernel) -> dict[str, jax.Array]
     {'kernel': 3}
     """
     leaves = tree.flatten(masks)
-    return {p: jnp.sum(leaves[p], dtype=jnp.int32) for p in _paths(masks, prunable)}
+    return {path: count_live(leaves[path]) for path in _paths(masks, prunable)}
+
+
+@jax.jit
+def count_live(mask: jax.Array) -> jax.Array:
+    """Number of live entries of one mask, int32[].
+
+    >>> int(count_live(jnp.eye(3, dtype=bool)))
+    3
+    """
+    rows = mask.reshape(_pieces(mask.size, 1 << 12), -1)
+    if len(rows) == 1:
+        return jnp.sum(mask, dtype=jnp.int32)
+    # A plain sum writes the mask out as integers first.
+    sums = jax.lax.fori_loop(
+        0, len(rows), lambda i, acc: acc + rows[i], jnp.zeros(rows.shape[1], jnp.int32)
+    )
+    return jnp.sum(sums)
 
 
 def density(masks: PyTree, prunable: Prunable = is_kernel) -> jax.Array:
@@ -178,79 +230,214 @@ def _paths(masks: PyTree, prunable: Prunable) -> list[str]:
     return list(tree.prunable_leaves(as_params, prunable))
 
 
+class _Leaf(NamedTuple):
+    """Scores to select from.
+
+    Attributes:
+      keys: uint32[pieces, ...] that sort as the scores do; 0 is never kept.
+      start: the index of the first of them among all that compete.
+      group: those of a group compete for one budget.
+      salt: uint32[] that ties are shuffled by; None leaves them to the lower index.
+    """
+
+    keys: jax.Array
+    start: int
+    group: int
+    salt: jax.Array | None
+
+
+class _Cut(NamedTuple):
+    """Where the kept entries of every group end, as far as the search has come.
+
+    Kept are keys above `key`, and among those equal to it ranks from `rank` on.
+
+    Attributes:
+      digit: int32[], how many digits are known: first those of the key, then those of
+        the rank, which breaks ties.
+      key: uint32[groups].
+      rank: uint32[groups].
+      wanted: int32[groups], how many entries to keep of those that share all known
+        digits with the cut.
+      found: int32[groups], how many of them there are.
+    """
+
+    digit: jax.Array
+    key: jax.Array
+    rank: jax.Array
+    wanted: jax.Array
+    found: jax.Array
+
+
+# Outside of a compiled function the loop would be compiled at every call.
+@functools.partial(jax.jit, static_argnames="groups")
+@functools.partial(jax.jit, static_argnames="groups")
+def _largest(
+    scores: list[jax.Array],
+    groups: tuple[int, ...],
+    k: jax.Array,
+    salts: jax.Array | None,
+) -> list[jax.Array]:
+    """Masks of the largest scores of every group of leaves, k[group] of them.
+
+    All leaves are searched in one loop, so that the time to compile it hardly grows
+    with their number, and it ends as soon as no group has entries left to choose from.
+    """
+    sizes = np.bincount(groups, [leaf.size for leaf in scores])
+    if sizes.max() >= 2**31:
+        raise ValueError(
+            "expected fewer than 2**31 scores to compete for one budget, got "
+            f"{int(sizes.max())}; share the budget between leaves with a distribution"
+        )
+    leaves = _leaves(scores, groups, salts)
+    bits = _WIDE if sizes.sum() >= _WIDE_FROM else _NARROW
+    zero, full = jnp.zeros_like(k, jnp.uint32), jnp.full_like(k, 2**31 - 1)
+    cut = jax.lax.while_loop(
+        lambda cut: _is_open(cut, bits),
+        lambda cut: _next_digit(cut, leaves, bits),
+        _Cut(jnp.zeros((), jnp.int32), zero, zero, k, full),
+    )
+    kept = [_above(leaf, cut) & (k[leaf.group] > 0) for leaf in leaves]
+    return [mask.reshape(s.shape) for mask, s in zip(kept, scores, strict=True)]
+
+
+def _leaves(
+    scores: list[jax.Array], groups: tuple[int, ...], salts: jax.Array | None
+) -> list[_Leaf]:
+    leaves, seen = [], collections.Counter[int]()
+    for score, group in zip(scores, groups, strict=True):
+        pieces = _pieces(score.size, _PIECE)
+        keys = _ordered_bits(score)
+        keys = keys.reshape(pieces, -1) if pieces > 1 else keys[None]
+        salt = None if salts is None else salts[group]
+        leaves.append(_Leaf(keys, seen[group], group, salt))
+        seen[group] += score.size
+    return leaves
+
+
+def _pieces(size: int, piece: int) -> int:
+    """In how many pieces of equal size, of about `piece` entries, a leaf is read.
+
+    What is read at once is written out first, as integers or indices. On a CPU fresh
+    memory costs more than the counting, so there pieces are read that fit in its cache.
+    With several devices a leaf may be sharded, and cutting it would gather it.
+    """
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return 1
+    return math.gcd(size, 1 << (size // piece).bit_length())
+
+
 def _ordered_bits(scores: jax.Array) -> jax.Array:
     """uint32 keys that sort as the scores do; 0 for what must never be kept."""
     scores = scores.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
-    sign = jnp.uint32(1 << 31)  # Alone it is -0.0, which gets the key of 0.0.
-    keys = jnp.where(bits > sign, ~bits, bits | sign)
+    sign = jnp.uint32(1 << 31)
+    bits = jnp.where(bits == sign, jnp.uint32(0), bits)  # -0.0 and 0.0 are one score
+    keys = jnp.where(bits >= sign, ~bits, bits | sign)
     return jnp.where(scores > -jnp.inf, keys, jnp.uint32(0))
 
 
-@jax.jit  # An eager cond would be compiled anew at every call.
-def _largest(keys: list[jax.Array], k: jax.Array) -> list[jax.Array]:
-    """Masks of the k largest keys, ties to the lower index, key 0 never."""
-    threshold, missing = _kth_largest(keys, k)
-    tied = [key == threshold for key in keys]
-    ties = _total(jnp.sum(tie, dtype=jnp.int32) for tie in tied)
+def _ranks(leaf: _Leaf, shape: tuple[int, ...], first: int | jax.Array) -> jax.Array:
+    """Distinct uint32 by which ties are broken: falling with the index, or shuffled."""
+    index = (
+        linear_index(shape) + jnp.asarray(first, jnp.uint32) + jnp.uint32(leaf.start)
+    )
+    return ~index if leaf.salt is None else _shuffled(index ^ leaf.salt)
 
-    def lowest_indices() -> list[jax.Array]:
-        order = jax.tree.map(lambda tie, i: jnp.where(tie, i, 0), tied, _ranks(keys))
-        last, _ = _kth_largest(order, missing)
-        return jax.tree.map(lambda tie, i: tie & (i >= last), tied, order)
 
-    tied = jax.lax.cond(ties == missing, lambda: tied, lowest_indices)
-    valid = jnp.where(k > 0, jnp.uint32(0), ~jnp.uint32(0))
-    return jax.tree.map(
-        lambda key, tie: ((key > threshold) | tie) & (key > valid), keys, tied
+def _shuffled(x: jax.Array) -> jax.Array:
+    """The finaliser of MurmurHash3, a permutation of uint32 that looks random.
+
+    It costs a tenth of random numbers from `jax.random`.
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _above(leaf: _Leaf, cut: _Cut) -> jax.Array:
+    key, rank = cut.key[leaf.group], cut.rank[leaf.group]
+    tied = (leaf.keys == key) & (_ranks(leaf, leaf.keys.shape, 0) >= rank)
+    return ((leaf.keys > key) | tied) & (leaf.keys > 0)
+
+
+def _is_open(cut: _Cut, bits: int) -> jax.Array:
+    undecided = jnp.any((cut.found > cut.wanted) & (cut.wanted > 0))
+    return undecided & (cut.digit < 2 * _digits(bits))
+
+
+def _digits(bits: int) -> int:
+    return -(-32 // bits)
+
+
+def _next_digit(cut: _Cut, leaves: list[_Leaf], bits: int) -> _Cut:
+    """Finds the next digit of the cut of every group, from the histograms of it."""
+    counts: list[Any] = [0] * len(cut.wanted)
+    for leaf in leaves:
+        counts[leaf.group] += _histogram(leaf, cut, bits)
+    digit, wanted, found = _digit_of_kth(jnp.stack(counts), cut.wanted)
+    by_key, shift = _position(cut, bits)
+    digit = digit.astype(jnp.uint32) << shift
+    return _Cut(
+        cut.digit + 1,
+        jnp.where(by_key, cut.key | digit, cut.key),
+        jnp.where(by_key, cut.rank, cut.rank | digit),
+        wanted,
+        found,
     )
 
 
-def _ranks(keys: list[jax.Array]) -> list[jax.Array]:
-    """Distinct uint32 that are larger the lower the index, through all leaves."""
-    sizes = np.array([key.size for key in keys])
-    starts = jnp.asarray(np.cumsum(sizes) - sizes, jnp.uint32)
-    return [~(linear_index(k.shape) + s) for k, s in zip(keys, starts, strict=True)]
+def _position(cut: _Cut, bits: int) -> tuple[jax.Array, jax.Array]:
+    """Whether the next digit is one of the key, and how many bits are below it."""
+    place = _digits(bits) - 1 - cut.digit % _digits(bits)
+    return cut.digit < _digits(bits), (bits * place).astype(jnp.uint32)
 
 
-def _kth_largest(keys: list[jax.Array], k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The k-th largest key, and how many of its equals belong to the k largest."""
-    total = sum(key.size for key in keys)
-    prefix, shift = jnp.uint32(0), 32
-    for width in _WIDE if total >= _WIDE_FROM else _NARROW:
-        shift -= width
-        counts = _total(_histogram(key, prefix, shift, width) for key in keys)
-        digit, k = _digit_of_kth(counts, k)
-        prefix = (prefix << width) | digit.astype(jnp.uint32)
-    return prefix, k
+def _histogram(leaf: _Leaf, cut: _Cut, bits: int) -> jax.Array:
+    """How often each next digit occurs among entries that share the known ones."""
+    by_key, shift = _position(cut, bits)
+    cut_key = cut.key[leaf.group]
+    known = jnp.where(by_key, cut_key, cut.rank[leaf.group]) >> shift >> bits
+    pieces, *shape = leaf.keys.shape
+
+    def count_piece(i: int | jax.Array, counts: jax.Array) -> jax.Array:
+        keys = leaf.keys[i]
+        ranks = _ranks(leaf, tuple(shape), i * math.prod(shape))
+        value = jnp.where(by_key, keys, ranks)
+        digit = (value >> shift) & jnp.uint32((1 << bits) - 1)
+        # What cannot be kept is not counted: it often is most of a leaf, and a bin that
+        # every other entry hits is slow.
+        counted = jnp.where(by_key, keys > 0, keys == cut_key)
+        counted &= value >> shift >> bits == known
+        digit = jnp.where(counted, digit, jnp.uint32(1 << bits))
+        return counts.at[digit].add(1, mode="drop")
+
+    empty = jnp.zeros(1 << bits, jnp.int32)
+    if pieces == 1:
+        return count_piece(0, empty)
+    return jax.lax.fori_loop(0, pieces, count_piece, empty)
 
 
-def _total(parts: Iterable[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.add, parts)
+def _digit_of_kth(
+    counts: jax.Array, k: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The digit of the k-th largest, its rank among those with it, their number.
 
-
-def _histogram(key: jax.Array, prefix: jax.Array, shift: int, width: int) -> jax.Array:
-    """How often each digit occurs, among the keys whose higher digits are `prefix`."""
-    bins = 1 << width
-    digit = (key >> shift) & jnp.uint32(bins - 1)
-    if shift + width < 32:
-        digit = jnp.where(key >> (shift + width) == prefix, digit, jnp.uint32(bins))
-    return jnp.zeros(bins, jnp.int32).at[digit].add(1, mode="drop")
-
-
-def _digit_of_kth(counts: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The digit of the k-th largest key, and its rank among the keys with that digit.
-
-    The search goes by blocks of bins: a running sum over 2**16 bins would cost more
-    than the histogram of a small leaf.
+    The search goes by blocks of bins: a running sum over all of 2**16 bins would cost
+    more than the histogram of a small leaf.
     """
-    blocks = counts.reshape(-1, 1 << (int(counts.size).bit_length() // 2))
-    block, k = _bin_of_kth(jnp.sum(blocks, axis=1), k)
-    digit, k = _bin_of_kth(blocks[block], k)
-    return block * blocks.shape[1] + digit, k
+    groups, bins = counts.shape
+    blocks = counts.reshape(groups, -1, 1 << (bins.bit_length() // 2))
+    block, k, _ = _bin_of_kth(jnp.sum(blocks, axis=2), k)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    digit, k, found = _bin_of_kth(inside, k)
+    return block * inside.shape[1] + digit, k, found
 
 
-def _bin_of_kth(counts: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    at_least = jnp.cumsum(counts[::-1])[::-1]
-    chosen = jnp.maximum(jnp.sum(at_least >= k) - 1, 0)
-    return chosen, k - (at_least[chosen] - counts[chosen])
+def _bin_of_kth(
+    counts: jax.Array, k: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    at_least = jnp.cumsum(counts[:, ::-1], axis=1)[:, ::-1]
+    chosen = jnp.maximum(jnp.sum(at_least >= k[:, None], axis=1) - 1, 0)[:, None]
+    found = jnp.take_along_axis(counts, chosen, axis=1)[:, 0]
+    above = jnp.take_along_axis(at_least, chosen, axis=1)[:, 0] - found
+    return chosen[:, 0], k - above, found

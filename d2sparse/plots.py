@@ -71,9 +71,10 @@ def learning_curves(
       percent: show fractions as percentages.
 
     Returns:
-      The figure. Lines are named at their ends; colours follow the order in which the
-      methods first occur, as they do in `accuracy_against_cost`. The vertical axis is
-      that of the last three quarters of training, in which methods differ.
+      The figure. Every line spans the whole of its method's training, which may be
+      longer than another's. Lines are named at their ends; colours follow the order in
+      which the methods first occur, as they do in `accuracy_against_cost`. The vertical
+      axis is that of the last three quarters of training, in which methods differ.
 
     Raises:
       ValueError: if no measurement has the key.
@@ -84,10 +85,12 @@ def learning_curves(
         axes = figure.subplots()
         for (method, curve), look in zip(curves.items(), _looks(), strict=False):
             steps, mean, error = curve
-            axes.plot(steps, mean, label=method, linewidth=1.6, **look)
+            part = steps / max(steps[-1], 1)
+            axes.plot(part, mean, label=method, linewidth=1.6, **look)
             band = (mean - error, mean + error)
-            axes.fill_between(steps, *band, color=look["color"], alpha=0.15, lw=0)
-        axes.set(xlabel="training step", ylabel=label)
+            axes.fill_between(part, *band, color=look["color"], alpha=0.15, lw=0)
+        axes.set(xlabel="part of the method's training steps", ylabel=label)
+        axes.xaxis.set_major_formatter(_percent)
         axes.set_title("mean over seeds, in a band of its standard error", color="0.3")
         axes.margins(x=0)
         if percent:

@@ -18,11 +18,10 @@ import numpy as np
 from d2sparse import distributions, scores, tree
 from d2sparse.distributions import Distribution, Sparsity
 from d2sparse.masks import (
-    apply_masks,
+    copy_masks,
+    count_live,
     dense_masks,
-    linear_index,
     select,
-    top_k,
 )
 from d2sparse.schedules import Schedule, Step
 from d2sparse.scores import Score
@@ -60,8 +59,7 @@ def fixed(masks: PyTree) -> MaskRule:
 
     def init(params: PyTree, key: jax.Array) -> PyTree:
         del key
-        apply_masks(params, masks)  # Complains where the masks do not fit.
-        return jax.tree.map(jnp.array, masks)
+        return copy_masks(masks, params)
 
     return MaskRule(init, _keep_masks)
 
@@ -185,8 +183,8 @@ def prune_and_grow(
 
     In a leaf with `k` live weights, the `k - floor(fraction * k)` largest magnitudes
     stay and as many weights as fell grow where the growth score outside of them is
-    largest. A weight that falls and grows at one refresh keeps its value. Where the
-    growth score is 0 or NaN for all that is left, growth goes to random places.
+    largest, ties going to random ones: so they do where no score is above 0. A weight
+    that falls and grows at one refresh keeps its value.
 
     Args:
       sparsity: fraction of zeros among the prunable weights, in [0, 1); may be traced.
@@ -208,17 +206,20 @@ def prune_and_grow(
     def update(
         masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
     ) -> PyTree:
-        fraction = drop_fraction(step) if callable(drop_fraction) else drop_fraction
         weights = tree.prunable_leaves(params, prunable)
         live = _pick(masks, weights)
-        growth_key, salt_key = jax.random.split(key)
+        counts = {path: count_live(mask) for path, mask in live.items()}
+        fraction = drop_fraction(step) if callable(drop_fraction) else drop_fraction
+        falls = {path: _share(fraction, n) for path, n in counts.items()}
+        stays = {path: counts[path] - falls[path] for path in weights}
+        ranks = {path: _among(live[path], jnp.abs(w)) for path, w in weights.items()}
+        kept = select(ranks, stays)
+
+        growth_key, tie_key = jax.random.split(key)
         wanted = _pick(growth(params, grads, growth_key), weights)
-        salts = jax.random.bits(salt_key, (len(weights),))
-        moved = {
-            path: _move(live[path], weights[path], wanted[path], fraction, salt)
-            for path, salt in zip(weights, salts, strict=True)
-        }
-        return tree.replace(masks, moved)
+        ranks = {path: _among(~kept[path], wanted[path]) for path in weights}
+        grown = select(ranks, falls, tie_key)
+        return tree.replace(masks, {path: kept[path] | grown[path] for path in weights})
 
     return MaskRule(begin.init, update)
 
@@ -231,14 +232,15 @@ def set_(
 ) -> MaskRule:
     """Sparse evolutionary training: small weights fall, random ones grow.
 
-    Mocanu et al., arXiv 1707.04780. Arguments as in `prune_and_grow`.
+    Mocanu et al., arXiv 1707.04780. All growth scores are alike, so that ties, which go
+    to random weights, decide. Arguments as in `prune_and_grow`.
 
     >>> params = {"kernel": jnp.ones((10, 10))}
     >>> int(set_(0.9).init(params, jax.random.key(0))["kernel"].sum())
     10
     """
     return prune_and_grow(
-        sparsity, scores.random, drop_fraction, distribution, prunable
+        sparsity, scores.constant, drop_fraction, distribution, prunable
     )
 
 
@@ -288,36 +290,12 @@ def _at_most_live(
     Shares by largest remainder can rise by one in a leaf while the total falls.
     """
     wanted = jnp.stack([jnp.asarray(counts[path], jnp.int32) for path in live])
-    available = jnp.stack([jnp.sum(m, dtype=jnp.int32) for m in live.values()])
+    available = jnp.stack([count_live(mask) for mask in live.values()])
     possible = jnp.minimum(wanted, available)
     missing = jnp.sum(wanted) - jnp.sum(possible)
     possible = distributions.hand_out(missing, possible, available)
     return dict(zip(live, possible, strict=True))
 
 
-def _move(
-    live: jax.Array,
-    weight: jax.Array,
-    growth: jax.Array,
-    fraction: jax.Array | float,
-    salt: jax.Array,
-) -> jax.Array:
-    """One refresh of one leaf by `prune_and_grow`."""
-    count = jnp.sum(live, dtype=jnp.int32)
-    falls = jnp.floor(jnp.float32(fraction) * count).astype(jnp.int32)
-    kept = top_k(_among(live, jnp.abs(weight)), count - falls)
-    growth = growth.astype(jnp.float32)
-    growth = jnp.where(growth > 0, growth, -_scrambled(growth.shape, salt))
-    return kept | top_k(jnp.where(kept, -jnp.inf, growth), falls)
-
-
-def _scrambled(shape: tuple[int, ...], salt: jax.Array) -> jax.Array:
-    """Numbers in [0, 1] in an order that looks random, float32[shape].
-
-    The finaliser of MurmurHash3 on the index: it only breaks ties between weights that
-    have no gradient at all, and costs a tenth of proper random numbers.
-    """
-    x = linear_index(shape) ^ salt
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return (x ^ (x >> 16)).astype(jnp.float32) / jnp.float32(2**32)
+def _share(fraction: jax.Array | float, count: jax.Array) -> jax.Array:
+    return jnp.floor(jnp.float32(fraction) * count).astype(jnp.int32)

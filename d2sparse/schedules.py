@@ -30,7 +30,8 @@ def linear(start: float, end: float, steps: int, begin: int = 0) -> Schedule:
     [0.0, 0.4000000059604645, 0.800000011920929]
     """
     _check_steps(steps)
-    return lambda step: start + (end - start) * _progress(step, begin, steps)
+    # From the end backwards: the end is met to the bit.
+    return lambda step: end + (start - end) * (1 - _progress(step, begin, steps))
 
 
 def cubic(end: float, steps: int, begin: int = 0, start: float = 0.0) -> Schedule:

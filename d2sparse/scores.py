@@ -48,6 +48,18 @@ def random(
     )
 
 
+def constant(
+    params: PyTree, grads: PyTree = None, key: jax.Array | None = None
+) -> PyTree:
+    """The same score for every weight, so that what breaks ties decides.
+
+    >>> constant({"w": jnp.array([-2.0, 1.0])})["w"].tolist()
+    [0.0, 0.0]
+    """
+    del grads, key
+    return jax.tree.map(jnp.zeros_like, params)
+
+
 def gradient(params: PyTree, grads: PyTree, key: jax.Array | None = None) -> PyTree:
     """Absolute value of the gradient, `|g|`: how fast the weight would grow.
 

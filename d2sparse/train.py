@@ -194,19 +194,18 @@ def make_train_step(
     def step(
         state: TrainState, data: Data, indices: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        loss_key, growth_key = step_keys(state)
-        params, model_state = state.params, state.model_state
+        loss_key, order_key, growth_key = step_keys(state)
 
         def growth_fn() -> PyTree:
-            batch = growth_batch(data, growth_samples, growth_key)
-            return gradient(params, model_state, batch, growth_key)[0]
+            batch = growth_batch(data, growth_samples, order_key)
+            return gradient(state.params, state.model_state, batch, growth_key)[0]
 
         extra = {"growth_fn": growth_fn} if growth_samples else {}
         grads, (model_state, logs) = gradient(
-            params, model_state, take(data, indices), loss_key
+            state.params, state.model_state, take(data, indices), loss_key
         )
-        updates, opt_state = tx.update(grads, state.opt_state, params, **extra)
-        params = optax.apply_updates(params, updates)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
+        params = optax.apply_updates(state.params, updates)
         return (
             TrainState(state.step + 1, params, model_state, opt_state, state.key),
             logs,
@@ -215,11 +214,14 @@ def make_train_step(
     return step
 
 
-def step_keys(state: TrainState) -> tuple[jax.Array, jax.Array]:
-    """Keys of the step to come: for its loss, and for the growth batch."""
+def step_keys(state: TrainState) -> jax.Array:
+    """Keys of the step to come: for its loss, the growth batch, and the loss on that.
+
+    Returns:
+      key[3].
+    """
     _, key = jax.random.split(state.key)
-    loss_key, growth_key = jax.random.split(jax.random.fold_in(key, state.step))
-    return loss_key, growth_key
+    return jax.random.split(jax.random.fold_in(key, state.step), 3)
 
 
 def growth_batch(data: Data, samples: int, key: jax.Array) -> Data:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from d2sparse.masks import apply_masks, is_gap
+from d2sparse.masks import apply_masks, copy_masks, is_gap
 from d2sparse.rules import MaskRule
 from d2sparse.schedules import When, every
 from d2sparse.tree import PyTree
@@ -197,12 +197,14 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
     >>> get_masks(state)["kernel"].tolist()
     [[True, False], [False, True]]
     """
-    apply_masks(get_masks(opt_state), masks)  # Complains where they do not fit.
-    return jax.tree.map(
-        lambda node: node._replace(masks=masks) if _is_ours(node) else node,
-        opt_state,
-        is_leaf=_is_ours,
-    )
+    get_masks(opt_state)  # Complains where there are none.
+
+    def replaced(node: Any) -> Any:
+        if not _is_ours(node):
+            return node
+        return node._replace(masks=copy_masks(masks, node.masks))
+
+    return jax.tree.map(replaced, opt_state, is_leaf=_is_ours)
 
 
 def sparse_states(opt_state: optax.OptState) -> list[SparsifyState]:

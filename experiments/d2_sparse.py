@@ -63,9 +63,8 @@ class Config:
     seeds: int = 5  # runs of every method: labels, weights and order differ
     sparsity: float = 0.8  # zeros among the prunable weights; a pair shares the rest
 
-    mode: Literal["trained", "consolidated"] = (
-        "trained"  # how D2-Sparse's slow one learns
-    )
+    # How the slow learner of D2-Sparse learns: by gradient, or as the fast one's average.
+    mode: Literal["trained", "consolidated"] = "trained"
     preset: Literal["symmetric", "fast_slow"] = "symmetric"  # pace of the two learners
     coupling: float = 1.0  # weight of the peer's teaching, in both learners
     temperature: float = 1.0  # of the softened outputs that are taught
@@ -76,9 +75,8 @@ class Config:
 
     steps: int = 1000  # optimiser steps of one training
     batch_size: int = 32  # examples per step
-    optimizer: Literal["sgd", "sgdw", "adamw"] = (
-        "sgd"  # sgdw decouples the weight decay
-    )
+    # sgd adds the weight decay to the gradient, sgdw and adamw to the step.
+    optimizer: Literal["sgd", "sgdw", "adamw"] = "sgd"
     learning_rate: float = 0.1  # the largest; falls along a cosine
     momentum: float = 0.9  # of sgd; the first moment's decay in adamw
     weight_decay: float = 5e-4  # on live kernels
@@ -220,13 +218,15 @@ def run_unit(
             headline = next(iter(outputs.values()))
             logs["monitor_accuracy"] = _accuracy(headline, splits.monitor)
         if isinstance(state.params, dual.Dual):
-            logs |= _mask_statistics(state)
-            overlaps.append((step, logs["overlap"]))
+            statistics = jax.device_get(_mask_statistics(dual.get_pair_masks(state)))
+            logs |= statistics
+            overlaps.append((step, statistics["overlap"]))
         out.log(unit, step, logs)
         progress.update(bar, description=f"{unit.name} step {step}")
 
     begin = time.perf_counter()
     state = method.init(jax.random.key(unit.seed), splits.train)
+    measure(0, state, {})
     state, training_macs = method.fit(state, splits.train, measure)
     seconds = time.perf_counter() - begin
     if unit == records.Unit("d2_sparse", 0):
@@ -373,11 +373,11 @@ def _accuracy(probabilities: np.ndarray, examples: Data) -> float:
     return float(metrics.accuracy(jax.numpy.asarray(probabilities), examples.labels))
 
 
-def _mask_statistics(state: TrainState) -> dict[str, float]:
-    masks = dual.get_pair_masks(state)
+@jax.jit
+def _mask_statistics(masks: dual.Dual) -> dict[str, jax.Array]:
     return {
-        "overlap": float(metrics.mask_overlap(*masks)),
-        "chance_overlap": float(metrics.chance_overlap(*masks)),
+        "overlap": metrics.mask_overlap(*masks),
+        "chance_overlap": metrics.chance_overlap(*masks),
     }
 
 

@@ -109,7 +109,7 @@ def make_dual_step(
         state: TrainState, data: Data, indices: jax.Array
     ) -> tuple[TrainState, Metrics]:
         params, opt_state = state.params, state.opt_state
-        loss_key, growth_key = step_keys(state)
+        loss_key, order_key, growth_key = step_keys(state)
 
         def gradient(batch: Data, key: jax.Array) -> tuple[Dual, Any]:
             return jax.grad(objective, has_aux=True)(params, state, batch, key)
@@ -119,7 +119,7 @@ def make_dual_step(
         def dense_grads() -> Dual:
             if not growth_samples:
                 return grads
-            batch = growth_batch(data, growth_samples, growth_key)
+            batch = growth_batch(data, growth_samples, order_key)
             return gradient(batch, growth_key)[0]
 
         kappa, masks = coupling.masks, get_pair_masks(state)

@@ -1,0 +1,452 @@
+"""Rules against plain loops, and what must hold at every refresh of a run."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from d2sparse import distributions, masks, rules, schedules, scores, tree
+from d2sparse.distributions import erk, global_, uniform
+
+SHAPES = {"conv": {"kernel": (3, 3, 2, 4), "bias": (4,)}, "head": {"kernel": (8, 5)}}
+SIZES = {"conv/kernel": 72, "head/kernel": 40}
+KEY = jax.random.key(0)
+RULES = {
+    "static": rules.static(0.6),
+    "one_shot": rules.one_shot(0.6),
+    "gradual": rules.gradual(schedules.cubic(0.6, 10)),
+    "set": rules.set_(0.6),
+    "rigl": rules.rigl(0.6),
+}
+
+
+def normals(seed, shapes=SHAPES):
+    rng = np.random.default_rng(seed)
+
+    def draw(shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    return jax.tree.map(draw, shapes, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def live_counts(tree_of_masks):
+    return {path: int(n) for path, n in masks.count(tree_of_masks).items()}
+
+
+def assert_same(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+# Every rule.
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_masks_are_bool_on_every_leaf_and_true_where_never_pruned(name):
+    params, rule = normals(0), RULES[name]
+    begin = rule.init(params, KEY)
+    for tree_of_masks in (begin, rule.update(begin, params, params, 9, KEY)):
+        assert jax.tree.structure(tree_of_masks) == jax.tree.structure(params)
+        for mask, param in zip(
+            jax.tree.leaves(tree_of_masks), jax.tree.leaves(params), strict=True
+        ):
+            assert mask.dtype == bool
+            assert mask.shape == param.shape
+        assert tree_of_masks["conv"]["bias"].all()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_tree_without_prunable_leaf_is_refused(name):
+    with pytest.raises(ValueError, match="expected at least one prunable leaf"):
+        RULES[name].init({"bias": jnp.zeros(3)}, KEY)
+
+
+@pytest.mark.parametrize("rule", [rules.static, rules.one_shot, rules.set_, rules.rigl])
+@pytest.mark.parametrize("sparsity", [1.0, -0.5, 90])
+def test_sparsities_outside_of_0_to_1_are_refused(rule, sparsity):
+    with pytest.raises(ValueError, match=r"sparsity in \[0, 1\)"):
+        rule(sparsity)
+
+
+def test_large_models_are_only_traced():
+    params = {
+        f"layer{i}": jax.ShapeDtypeStruct((4096, 8192), "bfloat16") for i in "abc"
+    }
+    for rule in RULES.values():
+        begin = jax.eval_shape(rule.init, params, KEY)
+        after = jax.eval_shape(rule.update, begin, params, params, 0, KEY)
+        assert {(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(after)} == {
+            ((4096, 8192), "bool")
+        }
+
+
+# Given masks.
+
+
+def test_fixed_masks_are_copies_and_never_change():
+    given = {"w": np.array([True, False]), "b": jnp.array([True])}
+    params = {"w": jnp.ones(2), "b": jnp.ones(1)}
+    rule = rules.fixed(given)
+    begin = rule.init(params, KEY)
+    assert_same(begin, given)
+    assert begin["b"] is not given["b"]
+    assert rule.update(begin, params, params, 3, KEY) is begin
+
+
+@pytest.mark.parametrize(
+    "given", [{"w": np.ones(3, bool)}, {"v": np.ones(2, bool)}, {}]
+)
+def test_fixed_masks_that_do_not_fit_are_refused(given):
+    with pytest.raises(ValueError, match=r"shape|[Dd]ict"):
+        rules.fixed(given).init({"w": jnp.ones(2)}, KEY)
+
+
+# Random patterns.
+
+
+@pytest.mark.parametrize("distribution", [erk, uniform])
+def test_static_patterns_have_the_counts_of_the_distribution(distribution):
+    rule = rules.static(0.7, distribution)
+    assert live_counts(rule.init(normals(0), KEY)) == distribution(
+        tree.shapes(normals(0)), 0.7
+    )
+
+
+def test_static_patterns_share_a_global_budget_and_obey_a_predicate():
+    rule = rules.static(0.7, global_)
+    assert sum(live_counts(rule.init(normals(0), KEY)).values()) == 34
+    rule = rules.static(0.7, prunable=lambda path, leaf: path == "head/kernel")
+    assert live_counts(rule.init(normals(0), KEY)) == {
+        "conv/kernel": 72,
+        "head/kernel": 12,
+    }
+
+
+def test_static_patterns_are_uniform_over_positions_and_repeat_with_the_key():
+    params = {"w": jnp.zeros((4, 6)), "v": jnp.zeros((4, 6))}
+    rule = rules.static(0.75, uniform)
+    begin = jax.jit(jax.vmap(rule.init, in_axes=(None, 0)))
+    drawn = begin(params, jax.random.split(KEY, 2000))
+    for mask in drawn.values():
+        # The deviation of a frequency is sqrt(0.25 * 0.75 / 2000) = 0.0097.
+        np.testing.assert_allclose(mask.mean(axis=0), 0.25, atol=5 * 0.0097)
+    assert not np.array_equal(drawn["w"][0], drawn["v"][0])
+    assert_same(begin(params, jax.random.split(KEY, 2000)), drawn)
+
+
+def test_sparsities_and_keys_may_be_swept_in_one_program():
+    params = normals(1)
+
+    def masks_of_one_run(sparsity, key):
+        rule = rules.rigl(sparsity)
+        begin = rule.init(params, key)
+        return begin, rule.update(begin, params, normals(2), 0, key)
+
+    sparsities, keys = jnp.array([0.3, 0.75, 0.99]), jax.random.split(KEY, 3)
+    swept = jax.jit(jax.vmap(masks_of_one_run))(sparsities, keys)
+    for i in range(3):
+        one = masks_of_one_run(sparsities[i], keys[i])
+        assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], swept), one)
+        assert live_counts(one[1]) == distributions.erk(
+            tree.shapes(params), float(sparsities[i])
+        )
+
+
+# Prune and grow.
+
+
+def moved_by_loop(live, weight, growth, fraction):
+    """One refresh of one leaf, position after position."""
+    count = int(np.sum(live))
+    falls = math.floor(fraction * count)
+    weight, growth = np.ravel(weight), np.ravel(growth)
+    by_weight = sorted(np.flatnonzero(live), key=lambda i: -abs(weight[i]))
+    kept = by_weight[: count - falls]
+    outside = [i for i in range(weight.size) if i not in kept]
+    grown = sorted(outside, key=lambda i: -growth[i])[:falls]
+    return np.isin(np.arange(weight.size), kept + grown).reshape(np.shape(live))
+
+
+@pytest.mark.parametrize(
+    ("rule", "growth"),
+    [
+        (rules.rigl, lambda w, g: abs(g)),
+        (
+            lambda sparsity, fraction: rules.prune_and_grow(
+                sparsity,
+                lambda params, grads, key: jax.tree.map(jnp.exp, grads),
+                fraction,
+            ),
+            lambda w, g: np.exp(g),
+        ),
+    ],
+)
+def test_prune_and_grow_equals_the_loop(rule, growth):
+    moving = rule(0.6, lambda step: step / 8)
+    update = moving.update
+    for seed in range(12):
+        params, grads, step = normals(seed), normals(seed + 100), seed % 9
+        before = moving.init(params, jax.random.key(seed))
+        after = update(before, params, grads, step, KEY)
+        for name in ("conv", "head"):
+            live, weight, grad = (t[name]["kernel"] for t in (before, params, grads))
+            expected = moved_by_loop(live, weight, growth(weight, grad), step / 8)
+            np.testing.assert_array_equal(after[name]["kernel"], expected)
+
+
+def one_leaf(live, weight, grad):
+    """A refresh of a row of six weights, half of the three live ones falling."""
+    rule = rules.rigl(0.5, drop_fraction=0.67)
+    rows = [{"w": jnp.array([row])} for row in (live, weight, grad)]
+    return rule.update(*rows, 0, KEY)["w"][0].tolist()
+
+
+LIVE = [True, True, True, False, False, False]
+
+
+def test_a_weight_that_falls_may_grow_at_once():
+    mask = one_leaf(LIVE, [3.0, 1.0, 2.0, 0.0, 0.0, 0.0], [0, 9.0, 0, 1.0, 8.0, 2.0])
+    assert mask == [True, True, False, False, True, False]
+
+
+def test_the_weight_that_stays_is_not_grown_again():
+    mask = one_leaf(LIVE, [3.0, 1.0, 2.0, 0.0, 0.0, 0.0], [9.0, 0, 0, 1.0, 8.0, 2.0])
+    assert mask == [True, False, False, False, True, True]
+
+
+def test_numbers_that_are_not_finite_keep_the_density():
+    nan, inf = math.nan, math.inf
+    assert one_leaf(LIVE, [nan, 1.0, nan, nan, 0.0, 0.0], [0, 0, 0, 1, nan, inf]) == [
+        *[False, True, False],
+        *[True, False, True],
+    ]
+    for weight, grad in [(nan, nan), (inf, inf), (nan, inf), (0.0, nan), (-inf, -inf)]:
+        assert sum(one_leaf(LIVE, [weight] * 6, [grad] * 6)) == 3
+
+
+@functools.cache
+def compiled_for_many_keys(rule):
+    return jax.jit(jax.vmap(rule.update, in_axes=(None, None, None, None, 0)))
+
+
+MOVE_HALF = rules.rigl(0.5, 0.5)
+
+
+def grown_where(rule, grads, runs=2000):
+    """How often each position of two equal leaves grows, after one refresh by a key."""
+    live = np.arange(24).reshape(4, 6) % 3 == 0
+    before = {"v": live, "w": live}
+    params = jax.tree.map(lambda mask: jnp.where(mask, 1.0, 0.0), before)
+    after = compiled_for_many_keys(rule)(
+        before, params, grads, 0, jax.random.split(KEY, runs)
+    )
+    assert np.all(masks.density(jax.tree.map(lambda m: m[0], after)) == 8 / 24)
+    # All weights are equal: the first four by index stay.
+    outside = np.cumsum(live).reshape(live.shape) * live
+    outside = ~((outside > 0) & (outside <= 4))
+    assert np.all(after["v"][:, ~outside])
+    return {path: np.asarray(mask[:, outside]) for path, mask in after.items()}
+
+
+def test_sets_growth_is_uniform_outside_of_what_stays():
+    zeros = {"v": jnp.zeros((4, 6)), "w": jnp.zeros((4, 6))}
+    grown = grown_where(rules.set_(0.5, 0.5), zeros)
+    for leaf in grown.values():
+        # 4 of 20 grow; the deviation of a frequency is sqrt(0.2 * 0.8 / 2000).
+        np.testing.assert_allclose(leaf.mean(axis=0), 0.2, atol=5 * 0.009)
+
+
+def test_growth_without_gradient_goes_to_random_places_and_not_by_index():
+    zeros = {"v": jnp.zeros((4, 6)), "w": jnp.full((4, 6), jnp.nan)}
+    grown = grown_where(MOVE_HALF, zeros)
+    for leaf in grown.values():
+        np.testing.assert_allclose(leaf.mean(axis=0), 0.2, atol=5 * 0.009)
+    # Chance lets two leaves agree on all four places with probability 1 / 4845.
+    assert np.mean(np.all(grown["v"] == grown["w"], axis=1)) < 0.01
+
+
+def test_random_growth_comes_after_every_weight_with_a_gradient():
+    grads = {path: jnp.zeros((4, 6)).at[3, 4:].set(-1e-30) for path in "vw"}
+    grown = grown_where(MOVE_HALF, grads)["w"]
+    assert grown[:, -2:].all()
+    np.testing.assert_allclose(grown[:, :-2].mean(axis=0), 2 / 18, atol=5 * 0.0071)
+
+
+@pytest.mark.parametrize("name", ["set", "rigl"])
+def test_density_is_exact_over_many_refreshes(name):
+    rule, state = RULES[name], RULES[name].init(normals(0), KEY)
+    counts = erk(tree.shapes(normals(0)), 0.6)
+    for step in range(20):
+        params, grads = normals(step), normals(step + 100)
+        key = jax.random.key(step)
+        before, state = state, rule.update(state, params, grads, step, key)
+        assert live_counts(state) == counts
+        assert np.any(state["head"]["kernel"] != before["head"]["kernel"])
+
+
+def test_drop_fractions_follow_their_schedule():
+    rule = rules.rigl(0.5, schedules.cosine(0.5, 10), uniform)
+    update, params, grads = rule.update, normals(4), normals(5)
+    begin = rule.init(params, KEY)
+    outside = jax.tree.map(lambda mask, g: g * ~mask, begin, grads)
+    for step, moved in [(0, 10), (2, 9), (6, 3), (10, 0), (99, 0)]:
+        after = update(begin, params, outside, step, KEY)
+        left = begin["head"]["kernel"] & ~after["head"]["kernel"]
+        assert int(left.sum()) == moved
+
+
+# Pruning.
+
+
+def pruned_by_loop(live, score, counts):
+    """The largest scores that are live: of each leaf, or of all leaves together."""
+    positions = [(path, i) for path in live for i in np.ndindex(live[path].shape)]
+    ranked = sorted(
+        ((path, i) for path, i in positions if live[path][i]),
+        key=lambda position: -score[position[0]][position[1]],
+    )
+    if isinstance(counts, dict):
+        own = {path: [x for x in ranked if x[0] == path] for path in live}
+        kept = {x for path in live for x in own[path][: counts[path]]}
+    else:
+        kept = set(ranked[:counts])
+    masks_of = {path: np.zeros(mask.shape, bool) for path, mask in live.items()}
+    for path, i in kept:
+        masks_of[path][i] = True
+    return masks_of
+
+
+@pytest.mark.parametrize("distribution", [global_, erk])
+@pytest.mark.parametrize(
+    ("score", "of"),
+    [
+        (scores.magnitude, lambda w, g: abs(w)),
+        (scores.saliency, lambda w, g: abs(w * g)),
+    ],
+)
+def test_gradual_pruning_equals_the_loop_at_every_refresh(distribution, score, of):
+    sparsity = schedules.cubic(0.9, 8)
+    rule = rules.gradual(sparsity, score, distribution)
+    update, state = rule.update, rule.init(normals(0), KEY)
+    assert live_counts(state) == SIZES
+    for step in (0, 1, 3, 6, 8, 11):
+        params, grads = normals(step), normals(step + 50)
+        kernels = tree.shapes(params)
+        live = {path: np.asarray(tree.flatten(state)[path]) for path in kernels}
+        flat = {
+            path: (tree.flatten(params)[path], tree.flatten(grads)[path])
+            for path in kernels
+        }
+        counts = distribution(kernels, float(sparsity(step)))
+        expected = pruned_by_loop(live, {p: of(*x) for p, x in flat.items()}, counts)
+        state = update(state, params, grads, step, KEY)
+        for path in kernels:
+            np.testing.assert_array_equal(tree.flatten(state)[path], expected[path])
+    assert sum(live_counts(state).values()) == round(0.1 * 112)
+
+
+@pytest.mark.parametrize("distribution", [global_, uniform])
+def test_a_pruned_weight_never_comes_back(distribution):
+    # A cycle: the sparsity falls again after step 4, and rises higher at step 8.
+    rule = rules.gradual(
+        lambda step: jnp.float32(0.2) * (step % 5 + step // 8),
+        distribution=distribution,
+    )
+    update, state = rule.update, rule.init(normals(0), KEY)
+    highest = 0.0
+    for step in range(9):
+        before, params = state, normals(step)
+        state = update(state, params, params, step, KEY)
+        revived = jax.tree.map(lambda new, old: bool(np.any(new & ~old)), state, before)
+        assert not any(jax.tree.leaves(revived))
+        highest = max(highest, 0.2 * (step % 5 + step // 8))
+        assert sum(live_counts(state).values()) == round((1 - highest) * 112)
+
+
+def test_a_refresh_at_the_same_sparsity_changes_nothing():
+    rule = rules.one_shot(0.5)
+    update = rule.update
+    once = update(rule.init(normals(0), KEY), normals(0), normals(0), 0, KEY)
+    zeros = jax.tree.map(np.zeros_like, normals(0))
+    nans = jax.tree.map(lambda zero: zero / 1.0 + math.nan, zeros)
+    for params in (normals(1), zeros, nans):
+        assert_same(update(once, params, params, 1, KEY), once)
+
+
+def test_live_weights_of_value_zero_are_not_taken_for_pruned_ones():
+    params = {"w": jnp.array([[0.0, 0.0, 0.0, 5.0, 4.0, 3.0]])}
+    live = {"w": jnp.array([[False, True, True, True, True, True]])}
+    after = rules.one_shot(1 / 3).update(live, params, params, 0, KEY)
+    assert after["w"].tolist() == [[False, True, False, True, True, True]]
+
+
+def test_pruning_at_initialisation_by_saliency():
+    params = {"w": jnp.array([[1.0, 2.0, 3.0, 4.0]])}
+    grads = {"w": jnp.array([[-9.0, 0.0, 1.0, 1.0]])}
+    rule = rules.one_shot(0.5, scores.saliency)
+    assert rule.init(params, KEY)["w"].all()
+    after = rule.update(rule.init(params, KEY), params, grads, 0, KEY)
+    assert after["w"].tolist() == [[True, False, False, True]]
+
+
+def test_the_total_is_met_where_the_share_of_a_leaf_rises():
+    # The paradox of largest remainders: of 9 weights the leaves get 1, 4 and 4, of 8
+    # they get 2, 3 and 3. A pruned weight must not come back for that.
+    shapes = {"a": (1, 2), "b": (1, 5), "c": (1, 5)}
+    shares = [uniform(shapes, 1 - total / 12) for total in (9, 8)]
+    assert [list(share.values()) for share in shares] == [[1, 4, 4], [2, 3, 3]]
+
+    rule = rules.gradual(
+        lambda step: jnp.array([3 / 12, 4 / 12])[step], distribution=uniform
+    )
+    params = normals(0, shapes)
+    first = rule.update(rule.init(params, KEY), params, params, 0, KEY)
+    second = rule.update(first, params, params, 1, KEY)
+    assert live_counts(first) == {"a": 1, "b": 4, "c": 4}
+    assert live_counts(second) == {"a": 1, "b": 4, "c": 3}
+    assert not any(np.any(second[path] & ~first[path]) for path in shapes)
+
+
+def test_final_sparsities_may_be_swept_in_one_program():
+    params = normals(6)
+
+    def final_masks(sparsity):
+        rule = rules.gradual(schedules.cubic(sparsity, 4))
+        return rule.update(rule.init(params, KEY), params, params, 4, KEY)
+
+    swept = jax.jit(jax.vmap(final_masks))(jnp.array([0.25, 0.5, 0.875]))
+    counts = sum(jax.vmap(masks.count)(swept).values())
+    np.testing.assert_array_equal(counts, [84, 56, 14])
+
+
+@pytest.mark.parametrize("number", [0.9, 0, np.float32(0.5)])
+def test_a_number_in_place_of_a_schedule_is_refused(number):
+    with pytest.raises(ValueError, match="expected a schedule, step -> sparsity, got"):
+        rules.gradual(number)
+
+
+# Many devices.
+
+
+def test_sharded_parameters_get_the_same_masks_and_are_not_gathered():
+    shapes = {"a": (64, 24), "b": (24, 16)}
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    over = {"a": P("data", None), "b": P(None, "data")}
+    put = {path: NamedSharding(mesh, spec) for path, spec in over.items()}
+    rule = rules.rigl(0.8)
+
+    def both(params, grads):
+        begin = rule.init(params, KEY)
+        return begin, rule.update(begin, params, grads, 0, KEY)
+
+    params, grads = normals(7, shapes), normals(8, shapes)
+    sharded = jax.device_put((params, grads), (put, put))
+    compiled = jax.jit(both).lower(*sharded).compile()
+    assert_same(compiled(*sharded), both(params, grads))
+    for gathering in ("all-gather", "all-to-all", "collective-permute"):
+        assert gathering not in compiled.as_text()

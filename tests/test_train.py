@@ -1,0 +1,492 @@
+"""The training loop against loops in numpy: one compile, exact resume, one metric."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.special
+import sklearn.metrics
+from flax import linen as nn
+
+from d2sparse import train
+from d2sparse.data import Split, load
+from d2sparse.masks import apply_masks, dense_masks
+from d2sparse.models import Model, from_linen, layers
+from d2sparse.rules import MaskRule, fixed
+from d2sparse.schedules import at, every
+from d2sparse.transforms import get_masks, sparsify
+from d2sparse.tree import flatten
+
+SIZE, BATCH = 24, 8
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+@pytest.fixture(scope="module")
+def data(digits):
+    return train.to_device(
+        Split(digits.train.images[:SIZE], digits.train.labels[:SIZE])
+    )
+
+
+def perceptron(width=6):
+    """One hidden layer, written without a library."""
+
+    def init(key, x):
+        first, head = jax.random.split(key)
+        kernel = jax.random.normal(first, (x[0].size, width)) / 8
+        params = {"first": {"kernel": kernel, "bias": jnp.zeros(width)}}
+        params["head"] = {"kernel": jax.random.normal(head, (width, 10))}
+        return params, {}
+
+    def apply(params, model_state, x, *, train):
+        del train
+        first = params["first"]
+        hidden = x.reshape(len(x), -1) @ first["kernel"] + first["bias"].reshape(1, -1)
+        return jax.nn.relu(hidden) @ params["head"]["kernel"], model_state
+
+    return Model(init, apply)
+
+
+class ConvNorm(nn.Module):
+    """A convolution with BatchNorm, so that there is a model state."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = layers.conv(4, 3, stride=2, name="conv1")(x)
+        x = nn.relu(layers.batch_norm(train=train, name="norm1")(x))
+        return layers.dense(10, name="head")(x.mean(axis=(1, 2)))
+
+
+@pytest.fixture(scope="module")
+def convolution():
+    return from_linen(ConvNorm())
+
+
+def counting(step, traces):
+    """The same step; leaves a mark at every trace."""
+
+    def traced(*args):
+        traces.append(1)
+        return step(*args)
+
+    return traced
+
+
+def runner(step, backend):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: backend)
+        return train.make_runner(step)
+
+
+def larger_half():
+    """Half of every kernel is live: the larger weights, later the larger gradients."""
+
+    def half(leaf):
+        if leaf.ndim < 2:
+            return jnp.ones(leaf.shape, bool)
+        ranks = jnp.argsort(jnp.argsort(jnp.abs(leaf).ravel()))
+        return (ranks >= leaf.size // 2).reshape(leaf.shape)
+
+    return MaskRule(
+        init=lambda params, key: jax.tree.map(half, params),
+        update=lambda masks, params, grads, step, key: jax.tree.map(half, grads),
+    )
+
+
+def dimmed(key, x):
+    """An augmentation: every image at a brightness of its own."""
+    return x * jax.random.uniform(key, (len(x), 1, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def sparse_run():
+    """A sparse perceptron whose mask moves every third step."""
+    model, traces = perceptron(), []
+    loss = train.make_loss(model, dimmed, smoothing=0.1)
+    optimizer = train.make_optimizer("sgd", 0.02, 5e-4)
+    tx = sparsify(optimizer, larger_half(), every(3))
+    step = train.make_train_step(loss, tx, growth_samples=16)
+
+    def init(data, seed=0):
+        return train.init_state(model, tx, data, jax.random.key(seed))
+
+    return runner(counting(step, traces), "cpu"), init, traces, step
+
+
+def is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def arrays(state):
+    """Every number of a state, on the host."""
+    state = jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, state)
+    return {path: np.array(leaf) for path, leaf in flatten(state).items()}
+
+
+def copy(state):
+    return jax.tree.map(jnp.copy, state)
+
+
+def assert_same_bits(state, expected):
+    jax.tree.map(np.testing.assert_array_equal, arrays(state), arrays(expected))
+
+
+def cross_entropy(logits, labels, smoothing=0.0):
+    """Mean over the batch, in double precision."""
+    log_p = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=-1)
+    own = log_p[np.arange(len(labels)), np.asarray(labels)]
+    return -np.mean((1 - smoothing) * own + smoothing * log_p.mean(axis=-1))
+
+
+def test_inputs_are_the_chosen_images_with_mean_0_and_deviation_1(digits, data):
+    pixels = digits.train.images[:SIZE].astype(np.float64)
+    expected = (pixels - pixels.mean()) / pixels.std()
+    np.testing.assert_allclose(train.inputs(data), expected, atol=1e-5)
+    chosen = train.take(data, jnp.array([5, 2]))
+    np.testing.assert_allclose(train.inputs(chosen), expected[[5, 2]], atol=1e-5)
+    np.testing.assert_array_equal(chosen.labels, digits.train.labels[[5, 2]])
+
+
+def test_the_test_set_is_standardised_like_the_training_set(digits, data):
+    dark = digits.test._replace(images=digits.test.images // 2)
+    pixels = digits.train.images[:SIZE].astype(np.float64)
+    expected = (dark.images - pixels.mean()) / pixels.std()
+    test = train.to_device(dark, like=data)
+    np.testing.assert_allclose(train.inputs(test), expected, atol=1e-5)
+    alone = train.inputs(train.to_device(dark))
+    np.testing.assert_allclose([alone.mean(), alone.std()], [0, 1], atol=1e-5)
+
+
+def updated(name, weight, gradients, rate, decay, momentum):
+    """One parameter after a step for every gradient, in double precision."""
+    first = second = np.zeros_like(weight)
+    for step, gradient in enumerate(gradients):
+        if name == "sgd":
+            first = momentum * first + gradient + decay * weight
+            change = first
+        elif name == "sgdw":
+            first = momentum * first + gradient
+            change = first + decay * weight
+        else:
+            first = momentum * first + (1 - momentum) * gradient
+            second = 0.999 * second + 0.001 * gradient**2
+            unbiased = first / (1 - momentum ** (step + 1))
+            scale = np.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8
+            change = unbiased / scale + decay * weight
+        weight = weight - rate(step) * change
+    return weight
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "sgdw", "adamw"])
+def test_optimizers_against_numpy(name, sparse):
+    def rate(step):
+        return 0.1 / (1 + step)
+
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)}
+    masks = {"kernel": rng.random((3, 4)) < 0.5, "bias": np.ones(4, bool)}
+    gradients = [
+        {p: rng.normal(size=w.shape) for p, w in params.items()} for _ in "12345"
+    ]
+    if not sparse:
+        masks = dense_masks(params)
+    expected = {
+        path: updated(
+            name,
+            weight * masks[path],
+            [g[path] * masks[path] for g in gradients],
+            rate,
+            decay=0.2 if path == "kernel" else 0.0,
+            momentum=0.8,
+        )
+        for path, weight in params.items()
+    }
+
+    tx = train.make_optimizer(name, rate, weight_decay=0.2, momentum=0.8)
+    tx = sparsify(tx, fixed(masks), at([])) if sparse else tx
+    params = apply_masks(jax.tree.map(jnp.float32, params), masks)
+    opt_state = tx.init(params)
+    for gradient in gradients:
+        gradient = jax.tree.map(jnp.float32, gradient)
+        updates, opt_state = tx.update(gradient, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    for path in expected:
+        np.testing.assert_allclose(params[path], expected[path], atol=2e-6)
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match="'sgd', 'sgdw' or 'adamw', got 'lion'"):
+        train.make_optimizer("lion", 0.1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_is_the_mean_cross_entropy_of_augmented_images(data, smoothing):
+    model, key = perceptron(), jax.random.key(1)
+    x = train.inputs(data)
+    params, state = model.init(jax.random.key(0), x)
+    loss = train.make_loss(model, dimmed, smoothing)
+    value, (new_state, logs) = loss(params, state, data, key)
+    logits, _ = model.apply(params, state, dimmed(key, x), train=True)
+    expected = cross_entropy(logits, data.labels, smoothing)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(logs["loss"], expected, rtol=1e-5)
+    correct = np.argmax(logits, axis=1) == data.labels
+    np.testing.assert_allclose(logs["train_accuracy"], correct.mean(), rtol=1e-6)
+    assert new_state == {}
+    plain, _ = train.make_loss(model, smoothing=smoothing)(params, state, data, key)
+    logits, _ = model.apply(params, state, x, train=True)
+    expected = cross_entropy(logits, data.labels, smoothing)
+    np.testing.assert_allclose(plain, expected, rtol=1e-5)
+
+
+def test_the_first_state_is_masked(data, sparse_run):
+    _, init, _, _ = sparse_run
+    state = init(data)
+    assert int(state.step) == 0
+    masks, params = arrays(get_masks(state.opt_state)), arrays(state.params)
+    for path in ("first/kernel", "head/kernel"):
+        assert masks[path].sum() == masks[path].size / 2
+        np.testing.assert_array_equal(params[path] != 0, masks[path])
+
+
+def test_the_first_state_of_a_dense_optimizer_is_that_of_the_model(data):
+    model = perceptron()
+    state = train.init_state(model, optax.sgd(0.1), data, jax.random.key(3))
+    init_key, _ = jax.random.split(jax.random.key(3))
+    params, _ = model.init(init_key, train.inputs(data))
+    assert_same_bits(state.params, params)
+
+
+@pytest.mark.parametrize("network", ["perceptron", "convolution"])
+def test_loop_and_scan_give_the_same_numbers(data, sparse_run, convolution, network):
+    if network == "perceptron":
+        run, init, _, step = sparse_run
+        state = init(data)
+    else:
+        tx = train.make_optimizer("adamw", 0.01)
+        step = train.make_train_step(train.make_loss(convolution), tx)
+        state = train.init_state(convolution, tx, data, jax.random.key(0))
+        run = runner(step, "cpu")
+    indices = train.step_indices(state, data, 8, BATCH)
+    looped, loop_logs = run(copy(state), data, indices)
+    scanned, scan_logs = runner(step, "gpu")(state, data, indices)
+    # Kernels inside a scan are fused differently: the last bits may differ.
+    looped, scanned = arrays(looped), arrays(scanned)
+    for path in looped:
+        np.testing.assert_allclose(scanned[path], looped[path], atol=1e-5, err_msg=path)
+    assert set(loop_logs) == set(scan_logs) == {"loss", "train_accuracy"}
+    for name in loop_logs:
+        assert loop_logs[name].shape == (8,)
+        np.testing.assert_allclose(scan_logs[name], loop_logs[name], atol=1e-5)
+
+
+def test_one_trace_serves_every_step_and_every_seed(data, sparse_run):
+    run, init, traces, _ = sparse_run
+    for seed in range(3):
+        train.fit(run, init(data, seed), data, steps=8, batch_size=BATCH)
+    assert len(traces) == 1
+
+
+def test_one_trace_of_the_scan_serves_every_seed(data):
+    model, tx, traces = perceptron(), optax.sgd(0.1), []
+    step = train.make_train_step(train.make_loss(model), tx)
+    run = runner(counting(step, traces), "gpu")
+    for seed in range(3):
+        state = train.init_state(model, tx, data, jax.random.key(seed))
+        train.fit(run, state, data, steps=8, batch_size=BATCH, every=4)
+    assert len(traces) == 1
+
+
+def test_the_state_is_donated_and_the_data_are_not(data, sparse_run):
+    run, init, _, _ = sparse_run
+    state = init(data)
+    after = train.fit(run, state, data, steps=4, batch_size=BATCH)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, data)))
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(data, sparse_run, stop):
+    run, init, _, _ = sparse_run
+    whole = train.fit(run, init(data), data, steps=8, batch_size=BATCH)
+    part = train.fit(run, init(data), data, steps=stop, batch_size=BATCH, every=3)
+    assert int(part.step) == stop
+    resumed = train.fit(run, copy(part), data, steps=8, batch_size=BATCH, every=5)
+    assert int(resumed.step) == 8
+    assert_same_bits(resumed, whole)
+
+
+def test_the_key_decides_the_run(data, sparse_run):
+    run, init, _, _ = sparse_run
+    first = train.fit(run, init(data, 1), data, steps=4, batch_size=BATCH)
+    again = train.fit(run, init(data, 1), data, steps=4, batch_size=BATCH)
+    assert_same_bits(again, first)
+    # Same weights, other run key: other batches and augmentation.
+    rekeyed = init(data, 1)._replace(key=jax.random.key(2))
+    other = train.fit(run, rekeyed, data, steps=4, batch_size=BATCH)
+    assert np.any(other.params["head"]["kernel"] != first.params["head"]["kernel"])
+
+
+def test_masks_move_at_a_refresh_alone_and_prune_exactly(data, sparse_run):
+    run, init, _, _ = sparse_run
+    state, moved = init(data), []
+    for step in range(8):
+        before = arrays(get_masks(state.opt_state))
+        state = train.fit(run, state, data, steps=step + 1, batch_size=BATCH)
+        after = arrays(get_masks(state.opt_state))
+        if any(np.any(before[path] != after[path]) for path in before):
+            moved.append(step)
+        for path, weight in arrays(state.params).items():
+            assert not np.any(weight[~after[path]])
+            assert after[path].sum() == before[path].sum()
+    assert moved == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("start", "steps", "interval", "stops"),
+    [
+        (0, 8, 4, [4, 8]),
+        (1, 8, 3, [3, 6, 8]),
+        (0, 3, 7, [3]),
+        (4, 8, None, [8]),
+        (8, 8, 3, []),
+    ],
+)
+def test_reports_come_at_multiples_with_the_mean_since_the_last(
+    data, start, steps, interval, stops
+):
+    batches, reports = [], []
+
+    def run(state, data, indices):
+        numbers = np.arange(len(indices)) + int(state.step)
+        batches.append(indices)
+        return state._replace(step=state.step + len(indices)), {"number": numbers}
+
+    state = train.TrainState(jnp.int32(start), {}, {}, {}, jax.random.key(0))
+    stream = train.step_indices(state._replace(step=0), data, 8, BATCH)
+    state = train.fit(
+        run, state, data, steps, BATCH, interval, lambda *args: reports.append(args)
+    )
+    assert int(state.step) == max(steps, start)
+    assert [report[0] for report in reports] == stops
+    for stop, report, begin in zip(stops, reports, [start, *stops], strict=False):
+        assert int(report[1].step) == stop
+        assert report[2] == {"number": np.mean(np.arange(begin, stop))}
+        assert isinstance(report[2]["number"], float)
+    if stops:
+        np.testing.assert_array_equal(np.concatenate(batches), stream[start:steps])
+
+
+def test_an_epoch_visits_every_example_once(data):
+    state = train.TrainState(jnp.int32(SIZE // BATCH), {}, {}, {}, jax.random.key(0))
+    indices = train.step_indices(state, data, SIZE // BATCH, BATCH)
+    assert sorted(np.ravel(indices).tolist()) == list(range(SIZE))
+
+
+def test_the_keys_of_all_steps_differ():
+    keys = []
+    for seed in range(2):
+        for step in range(4):
+            state = train.TrainState(jnp.int32(step), {}, {}, {}, jax.random.key(seed))
+            keys += jax.random.key_data(train.step_keys(state)).tolist()
+    assert len({tuple(key) for key in keys}) == len(keys) == 24
+
+
+def test_a_growth_batch_holds_distinct_examples(data):
+    marked = data._replace(labels=jnp.arange(SIZE))
+    draws = [train.growth_batch(marked, 10, jax.random.key(seed)) for seed in (0, 1)]
+    chosen = [draw.labels.tolist() for draw in draws]
+    assert all(len(set(labels)) == 10 for labels in chosen)
+    assert set(chosen[0]) != set(chosen[1])
+    np.testing.assert_array_equal(draws[0].images, data.images[draws[0].labels])
+    everything = train.growth_batch(marked, 1000, jax.random.key(0))
+    assert sorted(everything.labels.tolist()) == list(range(SIZE))
+
+
+def restless():
+    """A linear network whose logits depend on a state that every step changes."""
+    dense = perceptron()
+
+    def init(key, x):
+        return dense.init(key, x)[0], {"scale": jnp.float32(1)}
+
+    def apply(params, model_state, x, *, train):
+        logits, _ = dense.apply(params, {}, x, train=train)
+        scale = model_state["scale"]
+        return scale * logits, {"scale": 1.5 * scale}
+
+    return Model(init, apply)
+
+
+@pytest.mark.parametrize("growth_samples", [0, 10, 1000])
+def test_the_rule_sees_the_gradient_of_the_growth_batch(data, growth_samples):
+    model, seen = restless(), []
+
+    def spy(masks, params, grads, step, key):
+        jax.debug.callback(lambda *args: seen.append(args), step, grads)
+        return masks
+
+    loss = train.make_loss(model)
+    rule = MaskRule(lambda params, key: dense_masks(params), spy)
+    tx = sparsify(optax.sgd(0.1), rule, at([1, 4]))
+    state = train.init_state(model, tx, data, jax.random.key(0))
+    indices = train.step_indices(state, data, 8, BATCH)
+    step = jax.jit(train.make_train_step(loss, tx, growth_samples))
+    gradient, expected = jax.jit(jax.grad(loss, has_aux=True)), []
+    for row in indices:
+        batch = {0: train.take(data, row), 1000: data}.get(growth_samples)
+        if batch is None:
+            batch = train.growth_batch(data, 10, train.step_keys(state)[1])
+        expected.append(gradient(*state[1:3], batch, state.key)[0])
+        state, _ = step(state, data, row)
+    jax.effects_barrier()
+    assert sorted(int(step) for step, _ in seen) == [1, 4]
+    for number, grads in seen:
+        jax.tree.map(
+            lambda g, e: np.testing.assert_allclose(g, e, atol=1e-5),
+            grads,
+            expected[int(number)],
+        )
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 512])
+def test_predictions_do_not_depend_on_the_batch_size(data, convolution, batch_size):
+    model, x = convolution, train.inputs(data)
+    params, model_state = model.init(jax.random.key(0), x[:1])
+    _, model_state = model.apply(params, model_state, x, train=True)
+    logits, _ = model.apply(params, model_state, x, train=False)
+    predict = train.make_predict(model, batch_size)
+    probabilities = predict(params, model_state, data)
+    assert isinstance(probabilities, np.ndarray)
+    assert probabilities.shape == (SIZE, 10)
+    np.testing.assert_allclose(
+        probabilities, scipy.special.softmax(logits, axis=1), atol=1e-6
+    )
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+
+
+def test_evaluation_is_over_the_whole_set():
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.ones(4), size=101).astype(np.float32)
+    labels = rng.integers(4, size=101)
+    scores = train.evaluate(probabilities, labels)
+    predicted = probabilities.argmax(axis=1)
+    confidence, gap = probabilities.max(axis=1), 0.0
+    for lower in np.arange(15) / 15:
+        inside = (confidence > lower) & (confidence <= lower + 1 / 15)
+        gap += abs(np.sum((predicted == labels)[inside]) - confidence[inside].sum())
+    expected = {
+        "accuracy": sklearn.metrics.accuracy_score(labels, predicted),
+        "nll": sklearn.metrics.log_loss(labels, probabilities, labels=range(4)),
+        "ece": gap / 101,
+    }
+    assert scores.keys() == expected.keys()
+    for name, value in scores.items():
+        assert isinstance(value, float)
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5)
