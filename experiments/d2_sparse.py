@@ -44,6 +44,18 @@ from experiments.methods import (
 )
 
 MONITOR_SIZE = 1000
+_LEAST = {
+    "seeds": 1,
+    "steps": 1,
+    "batch_size": 1,
+    "report_every": 1,
+    "refresh_interval": 0,
+    "growth_samples": 0,
+    "horizon": 0,
+    "learning_rate": 0,
+    "momentum": 0,
+    "weight_decay": 0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +75,7 @@ class Config:
     seeds: int = 5  # runs of every method: labels, weights and order differ
     sparsity: float = 0.8  # zeros among the prunable weights; a pair shares the rest
 
-    # How the slow learner of D2-Sparse learns: by gradient, or as the fast one's average.
+    # How D2-Sparse's slow learner learns: by gradient, or as the fast one's average.
     mode: Literal["trained", "consolidated"] = "trained"
     preset: Literal["symmetric", "fast_slow"] = "symmetric"  # pace of the two learners
     coupling: float = 1.0  # weight of the peer's teaching, in both learners
@@ -128,6 +140,7 @@ def run(config: Config) -> dict[str, Any]:
     methods = {
         name: make_method(name, task, _choices(config)) for name in config.methods
     }
+    rehearse(task, first.train)
     out = records.open_run(config.workdir or _default_workdir(config), config)
     with _display(config) as progress:
         total = progress.add_task("all", total=config.seeds * len(methods))
@@ -170,9 +183,11 @@ def make_task(config: Config, labelled: Data, num_classes: int) -> Task:
     Raises:
       ValueError: a number is out of its range.
     """
-    for name in ("seeds", "steps", "batch_size", "report_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"expected {name} >= 1, got {getattr(config, name)}")
+    for name, least in _LEAST.items():
+        if not getattr(config, name) >= least:
+            raise ValueError(f"expected {name} >= {least}, got {getattr(config, name)}")
+    if not config.methods:
+        raise ValueError(f"expected methods of {', '.join(METHODS)}, got none")
     check_sparsity(config.sparsity)
     size, stop = len(labelled.labels), config.steps * 3 // 4
     interval = refresh_interval(size, config.batch_size, stop)
@@ -197,6 +212,21 @@ def make_task(config: Config, labelled: Data, num_classes: int) -> Task:
         interval=config.refresh_interval or interval,
         every=config.report_every,
     )
+
+
+def rehearse(task: Task, labelled: Data) -> None:
+    """Traces the loss of one example, so that nothing is written before it works.
+
+    Raises:
+      ValueError: the network or the augmentation does not fit the images.
+    """
+    loss = train.make_loss(task.model, task.augment, task.smoothing)
+
+    def first_loss(labelled: Data) -> Any:
+        example, key = train.take(labelled, jax.numpy.arange(1)), jax.random.key(0)
+        return loss(*task.model.init(key, train.inputs(example)), example, key)
+
+    jax.eval_shape(first_loss, labelled)
 
 
 def run_unit(

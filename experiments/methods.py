@@ -147,10 +147,13 @@ def single(
 
     def fit(state: TrainState, data: Data, report: Report) -> tuple[TrainState, float]:
         state = task.fit(network.run, state, data, report=report)
+        size = len(data.labels)
         per_step = macs.training_macs(
             _sparse_macs(state, network.macs),
             sum(network.macs.values()),
-            **_growth(task, data, interval),
+            interval=interval,
+            growth_samples=(interval and min(task.growth_samples, size)) or None,
+            batch_size=min(task.batch_size, size),
         )
         return state, task.steps * float(per_step)
 
@@ -159,6 +162,11 @@ def single(
 
 def imp(task: Task, rounds: int, rewind_fraction: float) -> Method:
     """Iterative magnitude pruning with rewinding; every round is a whole training."""
+    if not 0 <= rewind_fraction < 1:
+        raise ValueError(
+            f"expected a rewind_fraction in [0, 1), got {rewind_fraction}; 0 rewinds to "
+            "the initial weights"
+        )
     params, _ = shapes_and_macs(task)
     network = _network(task, rules.fixed(dense_masks(params)), at([]))
     sparsities = lottery.round_sparsities(task.sparsity, rounds)
@@ -211,13 +219,12 @@ def pair(
         return dual.init_pair(models, tx(mask_key), data, key, coupling)
 
     def costs(state: TrainState, data: Data) -> dict[str, float]:
-        growth = _growth(task, data, None)
         return dual.pair_macs(
             state,
             Dual(cost, cost),
             intervals,
-            growth["growth_samples"] or 0,
-            growth["batch_size"],
+            growth_samples=min(task.growth_samples, len(data.labels)),
+            batch_size=min(task.batch_size, len(data.labels)),
         )
 
     def fit(state: TrainState, data: Data, report: Report) -> tuple[TrainState, float]:
@@ -324,15 +331,6 @@ def _single_method(
         return stored, _sparse_macs(state, network.macs)
 
     return Method(network.init, fit, predict, costs)
-
-
-def _growth(task: Task, data: Data, interval: float | None) -> dict[str, Any]:
-    size = len(data.labels)
-    return {
-        "interval": interval,
-        "growth_samples": min(task.growth_samples, size) if interval else None,
-        "batch_size": min(task.batch_size, size),
-    }
 
 
 def _sparse_macs(state: TrainState, cost: dict[str, int]) -> float:

@@ -155,10 +155,51 @@ def test_select_in_each_leaf_or_over_all_of_them():
     for path, count in (("a/kernel", 3), ("b", 6)):
         (expected,) = expected_top_k([scores[path]], count)
         np.testing.assert_array_equal(by_leaf[path], expected)
-    # Leaves count in the order of a pytree, which sorts the keys of a dict.
-    first, second = expected_top_k([scores["a/kernel"], scores["b"]], 5)
-    np.testing.assert_array_equal(together["a/kernel"], first)
-    np.testing.assert_array_equal(together["b"], second)
+    first, second = expected_top_k([scores["b"], scores["a/kernel"]], 5)
+    np.testing.assert_array_equal(together["b"], first)
+    np.testing.assert_array_equal(together["a/kernel"], second)
+    # Ties between leaves go to the leaf that is named first.
+    alike = masks.select({"b": np.ones(6), "a/kernel": np.ones(6)}, 8)
+    assert alike["b"].all()
+    assert alike["a/kernel"].tolist() == [True, True, False, False, False, False]
+
+
+def test_ties_go_to_random_entries_by_a_key():
+    scores = {
+        "a": jnp.array([[2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, -jnp.inf]]),
+        "b": jnp.ones((2, 4)),
+    }
+    counts = {"a": 3, "b": 2}
+    drawn = jax.jit(jax.vmap(lambda key: masks.select(scores, counts, key)))(
+        jax.random.split(jax.random.key(0), 2000)
+    )
+    for path, count in counts.items():
+        np.testing.assert_array_equal(jnp.sum(drawn[path], axis=(1, 2)), count)
+    # The deviation of a frequency is at most sqrt(0.4 * 0.6 / 2000) = 0.011.
+    frequencies = {path: mask.mean(axis=0) for path, mask in drawn.items()}
+    expected = [[1.0, 0.4, 0.4, 0.4, 0.4, 0.4, 0.0, 0.0]]
+    np.testing.assert_allclose(frequencies["a"], expected, atol=0.055)
+    np.testing.assert_allclose(frequencies["b"], 0.25, atol=0.055)
+
+
+def test_ties_of_all_leaves_together_go_to_random_entries_by_a_key():
+    scores = {"a": jnp.ones(10), "b": jnp.ones(30)}
+    kept = [masks.select(scores, 20, jax.random.key(seed)) for seed in range(40)]
+    assert {int(mask["a"].sum() + mask["b"].sum()) for mask in kept} == {20}
+    # The deviation of the mean is sqrt(20 * 1/4 * 3/4 * 20/39 / 40) = 0.22.
+    assert abs(np.mean([mask["a"].sum() for mask in kept]) - 5) < 1.1
+
+
+def test_leaves_are_read_in_pieces_on_a_single_cpu(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    rng = np.random.default_rng(8)
+    leaves = [draw(rng, "ties", shape) for shape in [(2, 1 << 17), (300, 256), (5,)]]
+    pieces = jax.jit(lambda leaves, k: top_k(leaves, k))
+    assert "scan" in str(jax.make_jaxpr(pieces)(leaves, 1))
+    for k in (1, 50_000, 200_000):
+        assert_selects(leaves, k, pieces)
+    for mask in (leaves[0] > 1.5, leaves[1] > 0, leaves[2] > 0):
+        assert masks.count_live(mask) == np.sum(mask)
 
 
 def test_dense_masks_are_true_on_every_leaf():

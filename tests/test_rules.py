@@ -398,12 +398,11 @@ def test_the_total_is_met_where_the_share_of_a_leaf_rises():
     # The paradox of largest remainders: of 9 weights the leaves get 1, 4 and 4, of 8
     # they get 2, 3 and 3. A pruned weight must not come back for that.
     shapes = {"a": (1, 2), "b": (1, 5), "c": (1, 5)}
-    shares = [uniform(shapes, 1 - total / 12) for total in (9, 8)]
-    assert [list(share.values()) for share in shares] == [[1, 4, 4], [2, 3, 3]]
+    sparsities = [1 - total / 12 for total in (9, 8)]
+    shares = [list(uniform(shapes, sparsity).values()) for sparsity in sparsities]
+    assert shares == [[1, 4, 4], [2, 3, 3]]
 
-    rule = rules.gradual(
-        lambda step: jnp.array([3 / 12, 4 / 12])[step], distribution=uniform
-    )
+    rule = rules.gradual(lambda step: sparsities[step], distribution=uniform)
     params = normals(0, shapes)
     first = rule.update(rule.init(params, KEY), params, params, 0, KEY)
     second = rule.update(first, params, params, 1, KEY)

@@ -1,6 +1,7 @@
 """`sparsify` keeps the Optax contract for every rule, optimiser and wrapper."""
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -474,6 +475,21 @@ def test_seeds_and_keys_decide_the_pattern():
     kernels = [pattern(key=seed)["dense"]["kernel"] for seed in range(3)]
     assert not np.array_equal(kernels[0], kernels[1])
     assert not np.array_equal(kernels[1], kernels[2])
+
+
+def test_every_refresh_draws_from_a_key_of_its_own():
+    tx = sparsify(optax.sgd(0.1), rules.set_(0.5, drop_fraction=1.0), key=2)
+    state, update = tx.init(normals(0)), jit(tx.update)
+
+    def refreshed(step):
+        now = state._replace(step=jnp.int32(step))
+        _, after = update(normals(1), now, normals(0), refresh=True)
+        assert jnp.all(after.key == state.key)
+        return get_masks(after)["dense"]["kernel"]
+
+    np.testing.assert_array_equal(refreshed(0), refreshed(0))
+    drawn = [refreshed(step) for step in range(3)]
+    assert not any(np.array_equal(a, b) for a, b in itertools.pairwise(drawn))
 
 
 def test_state_and_parameters_may_be_donated():
