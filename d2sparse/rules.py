@@ -298,4 +298,5 @@ def _at_most_live(
 
 
 def _share(fraction: jax.Array | float, count: jax.Array) -> jax.Array:
-    return jnp.floor(jnp.float32(fraction) * count).astype(jnp.int32)
+    share = jnp.floor(jnp.float32(fraction) * count).astype(jnp.int32)
+    return jnp.clip(share, 0, count)  # A schedule may leave [0, 1]; the density holds.

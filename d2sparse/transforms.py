@@ -61,7 +61,8 @@ def sparsify(
       key: random key or seed of the rule; may be traced.
 
     Returns:
-      An Optax optimiser. It needs the parameters in `update`.
+      An Optax optimiser. It needs the parameters in `update`, and in an `optax.chain`
+      it comes last.
 
     >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
     >>> from d2sparse.rules import static
@@ -159,16 +160,14 @@ def get_masks(opt_state: optax.OptState) -> PyTree:
       Tree of bool like the parameters.
 
     Raises:
-      ValueError: there is no `sparsify` in the state.
+      ValueError: there is no `sparsify` in the state, or two mask the same leaf.
 
     >>> from d2sparse.rules import static
     >>> tx = optax.chain(optax.clip(1.0), sparsify(optax.sgd(0.1), static(0.5)))
     >>> get_masks(tx.init({"kernel": jnp.ones((2, 2))}))["kernel"].shape
     (2, 2)
     """
-    found = [
-        s.masks for s in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(s)
-    ]
+    found = [state.masks for state in sparse_states(opt_state)]
     if not found:
         raise ValueError(
             "expected the state of an optimiser made by `sparsify`, got a state "
@@ -234,4 +233,9 @@ def _change_or_removal(
 
 
 def _either(mask: Any, other: Any) -> Any:
+    if not is_gap(mask) and not is_gap(other):
+        raise ValueError(
+            "expected at most one `sparsify` for every leaf, got two; take the masks "
+            "of each network or optimiser from its own state"
+        )
     return other if is_gap(mask) else mask

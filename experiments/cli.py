@@ -9,7 +9,6 @@ Every experiment ends with the same two lines, and nothing else knows of flags:
 import contextlib
 import difflib
 import functools
-import logging as python_logging
 import os
 import sys
 import typing
@@ -60,8 +59,9 @@ def run_or_exit(run: Callable[[ConfigT], object], config: ConfigT) -> None:
       SystemExit: with status 2 for a `ValueError`, 130 for an interrupt.
     """
     use_compilation_cache()
-    # absl shows what jax says in passing, such as which backends it did not find.
-    python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+    # absl shows what libraries say in passing, such as which backends jax did not find.
+    if not flags.FLAGS.is_parsed() or not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     try:
         run(config)
     except ValueError as error:

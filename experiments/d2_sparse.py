@@ -77,7 +77,9 @@ class Config:
 
     # How D2-Sparse's slow learner learns: by gradient, or as the fast one's average.
     mode: Literal["trained", "consolidated"] = "trained"
-    preset: Literal["symmetric", "fast_slow"] = "symmetric"  # pace of the two learners
+    # Pace of the two learners; auto is fast_slow where the slow one consolidates, since
+    # a fast learner that anneals leaves nothing to average, and symmetric elsewhere.
+    preset: Literal["auto", "symmetric", "fast_slow"] = "auto"
     coupling: float = 1.0  # weight of the peer's teaching, in both learners
     temperature: float = 1.0  # of the softened outputs that are taught
     coupling_ramp: int = 0  # steps over which the teaching grows to its weight
@@ -188,6 +190,10 @@ def make_task(config: Config, labelled: Data, num_classes: int) -> Task:
             raise ValueError(f"expected {name} >= {least}, got {getattr(config, name)}")
     if not config.methods:
         raise ValueError(f"expected methods of {', '.join(METHODS)}, got none")
+    if not 0 <= config.label_smoothing <= 1:
+        raise ValueError(
+            f"expected label_smoothing in [0, 1], got {config.label_smoothing}"
+        )
     check_sparsity(config.sparsity)
     size, stop = len(labelled.labels), config.steps * 3 // 4
     interval = refresh_interval(size, config.batch_size, stop)
@@ -347,7 +353,8 @@ def _columns(config: Config) -> dict[str, str]:
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
     def percent(value: float, error: float) -> str:
-        return f"{100 * value:.2f} ± {100 * error:.2f}"
+        mean = f"{100 * value:.2f}"
+        return mean if np.isnan(error) else f"{mean} ± {100 * error:.2f}"
 
     cells = {
         "method": row["method"],
@@ -366,6 +373,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _choices(config: Config) -> Choices:
+    suited = "fast_slow" if config.mode == "consolidated" else "symmetric"
     return Choices(
         coupling=dual.Coupling(
             fast=config.coupling,
@@ -375,7 +383,7 @@ def _choices(config: Config) -> Choices:
             masks=config.mask_coupling,
             independent_views=config.independent_views,
         ),
-        preset=config.preset,
+        preset=suited if config.preset == "auto" else config.preset,
         mode=config.mode,
         horizon=config.horizon or max(config.steps / 6, 1),
         imp_rounds=config.imp_rounds,

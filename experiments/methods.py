@@ -164,8 +164,8 @@ def imp(task: Task, rounds: int, rewind_fraction: float) -> Method:
     """Iterative magnitude pruning with rewinding; every round is a whole training."""
     if not 0 <= rewind_fraction < 1:
         raise ValueError(
-            f"expected a rewind_fraction in [0, 1), got {rewind_fraction}; 0 rewinds to "
-            "the initial weights"
+            f"expected a rewind_fraction in [0, 1), got {rewind_fraction}; 0 rewinds "
+            "to the initial weights"
         )
     params, _ = shapes_and_macs(task)
     network = _network(task, rules.fixed(dense_masks(params)), at([]))
@@ -232,9 +232,7 @@ def pair(
         return state, task.steps * costs(state, data)["training"]
 
     def predict(state: TrainState, data: Data) -> dict[str, np.ndarray]:
-        fast, slow = map(forward, state.params, state.model_state, (data, data))
-        outputs = {"ensemble": (fast + slow) / 2, "fast": fast, "slow": slow}
-        return {headline: outputs[headline], **outputs}
+        return dual.pair_predictions(Dual(forward, forward), state, data)
 
     return Method(
         init,

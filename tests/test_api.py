@@ -77,12 +77,10 @@ def test_every_public_name_is_documented(name):
         assert not doc.startswith(f"{public}("), public
 
 
-@pytest.mark.parametrize("room", GROUND)
-def test_every_function_of_the_ground_floors_has_an_example(room):
-    module = importlib.import_module(f"d2sparse.{room}")
-    functions = {n: f for n, f in public_names(module).items() if inspect.isfunction(f)}
-    assert functions
-    assert [n for n, f in functions.items() if ">>>" not in (f.__doc__ or "")] == []
+@pytest.mark.parametrize("name", [m for m in MODULES if m.split(".")[1] in GROUND])
+def test_every_function_of_the_ground_floors_has_an_example(name):
+    for public, value in public_names(importlib.import_module(name)).items():
+        assert not inspect.isfunction(value) or ">>>" in (value.__doc__ or ""), public
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -98,11 +96,11 @@ def test_public_functions_are_annotated(name):
 
 
 def test_the_names_work_together():
-    x = jax.random.normal(jax.random.key(0), (64, 8))
-    target = x @ jnp.zeros((8, 1)).at[:2].set(3.0)
+    x = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    target = x[:, :1] * 3.0 + x[:, 1:2] * 3.0
     params = {"kernel": jnp.full((8, 1), 0.1), "bias": jnp.zeros(1)}
     rule = d2sparse.rigl(sparsity=0.75, drop_fraction=0.5)
-    tx = d2sparse.sparsify(optax.sgd(0.1), rule, d2sparse.every(5, stop=60))
+    tx = d2sparse.sparsify(optax.sgd(0.1), rule, d2sparse.every(5, stop=40))
     state = tx.init(params)
     params = d2sparse.apply_masks(params, d2sparse.get_masks(state))
 
@@ -115,7 +113,7 @@ def test_the_names_work_together():
         params = optax.apply_updates(params, updates)
         return params, state, d2sparse.density(d2sparse.get_masks(state))
 
-    for _ in range(80):
+    for _ in range(60):
         params, state, density = step(params, state)
         assert density == 0.25
     # RigL finds the two inputs that matter.

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from d2sparse import masks
-from d2sparse.masks import top_k
+from d2sparse.masks import layout, top_k
 
 WIDE = 1 << 18  # From this size on the digits of the radix search are wider.
 TREES = {
@@ -285,6 +285,6 @@ def test_density_passes_over_what_partition_hides():
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4), (1, 5, 1)])
 def test_linear_index_is_row_major(shape):
     expected = np.arange(np.prod(shape, dtype=int)).reshape(shape)
-    index = masks.linear_index(shape)
+    index = layout.linear_index(shape)
     assert index.dtype == jnp.uint32
     np.testing.assert_array_equal(index, expected)

@@ -25,6 +25,10 @@ RULES = {
 }
 
 
+# Without optimisation XLA compiles in half the time.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def normals(seed, shapes=SHAPES):
     rng = np.random.default_rng(seed)
 
@@ -127,16 +131,16 @@ def test_static_patterns_share_a_global_budget_and_obey_a_predicate():
     }
 
 
-def test_static_patterns_are_uniform_over_positions_and_repeat_with_the_key():
+def test_static_patterns_are_random_and_repeat_with_the_key():
     params = {"w": jnp.zeros((4, 6)), "v": jnp.zeros((4, 6))}
     rule = rules.static(0.75, uniform)
-    begin = jax.jit(jax.vmap(rule.init, in_axes=(None, 0)))
-    drawn = begin(params, jax.random.split(KEY, 2000))
-    for mask in drawn.values():
-        # The deviation of a frequency is sqrt(0.25 * 0.75 / 2000) = 0.0097.
-        np.testing.assert_allclose(mask.mean(axis=0), 0.25, atol=5 * 0.0097)
-    assert not np.array_equal(drawn["w"][0], drawn["v"][0])
-    assert_same(begin(params, jax.random.split(KEY, 2000)), drawn)
+    drawn = [rule.init(params, jax.random.key(seed)) for seed in range(100)]
+    for path in params:
+        # The deviation of a frequency is sqrt(0.25 * 0.75 / 100) = 0.043.
+        frequency = np.mean([masks_of[path] for masks_of in drawn], axis=0)
+        np.testing.assert_allclose(frequency, 0.25, atol=4 * 0.043)
+    assert not np.array_equal(drawn[0]["w"], drawn[0]["v"])
+    assert_same(rule.init(params, jax.random.key(0)), drawn[0])
 
 
 def test_sparsities_and_keys_may_be_swept_in_one_program():
@@ -148,7 +152,7 @@ def test_sparsities_and_keys_may_be_swept_in_one_program():
         return begin, rule.update(begin, params, normals(2), 0, key)
 
     sparsities, keys = jnp.array([0.3, 0.75, 0.99]), jax.random.split(KEY, 3)
-    swept = jax.jit(jax.vmap(masks_of_one_run))(sparsities, keys)
+    swept = jit(jax.vmap(masks_of_one_run))(sparsities, keys)
     for i in range(3):
         one = masks_of_one_run(sparsities[i], keys[i])
         assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], swept), one)
@@ -199,6 +203,14 @@ def test_prune_and_grow_equals_the_loop(rule, growth):
             np.testing.assert_array_equal(after[name]["kernel"], expected)
 
 
+@pytest.mark.parametrize("fraction", [-0.5, 1.0, 1.5, 30.0, math.nan])
+def test_no_drop_fraction_changes_the_density(fraction):
+    rule = rules.rigl(0.6, fraction)
+    begin = rule.init(normals(0), KEY)
+    after = rule.update(begin, normals(0), normals(1), 0, KEY)
+    assert live_counts(after) == live_counts(begin)
+
+
 def one_leaf(live, weight, grad):
     """A refresh of a row of six weights, half of the three live ones falling."""
     rule = rules.rigl(0.5, drop_fraction=0.67)
@@ -229,52 +241,47 @@ def test_numbers_that_are_not_finite_keep_the_density():
         assert sum(one_leaf(LIVE, [weight] * 6, [grad] * 6)) == 3
 
 
-@functools.cache
-def compiled_for_many_keys(rule):
-    return jax.jit(jax.vmap(rule.update, in_axes=(None, None, None, None, 0)))
-
-
-MOVE_HALF = rules.rigl(0.5, 0.5)
-
-
-def grown_where(rule, grads, runs=2000):
-    """How often each position of two equal leaves grows, after one refresh by a key."""
+def grown_where(rule, grads):
+    """How often each position of two equal leaves grows, bool[keys, positions]."""
     live = np.arange(24).reshape(4, 6) % 3 == 0
     before = {"v": live, "w": live}
-    params = jax.tree.map(lambda mask: jnp.where(mask, 1.0, 0.0), before)
-    after = compiled_for_many_keys(rule)(
-        before, params, grads, 0, jax.random.split(KEY, runs)
-    )
-    assert np.all(masks.density(jax.tree.map(lambda m: m[0], after)) == 8 / 24)
-    # All weights are equal: the first four by index stay.
-    outside = np.cumsum(live).reshape(live.shape) * live
-    outside = ~((outside > 0) & (outside <= 4))
-    assert np.all(after["v"][:, ~outside])
-    return {path: np.asarray(mask[:, outside]) for path, mask in after.items()}
-
-
-def test_sets_growth_is_uniform_outside_of_what_stays():
-    zeros = {"v": jnp.zeros((4, 6)), "w": jnp.zeros((4, 6))}
-    grown = grown_where(rules.set_(0.5, 0.5), zeros)
+    params = jax.tree.map(np.float32, before)
+    # All weights are equal: of the eight live ones the first four by index stay.
+    outside = ~(live & (np.cumsum(live).reshape(live.shape) <= 4))
+    keys = jax.random.split(KEY, 100)
+    runs = [rule.update(before, params, grads, 0, key) for key in keys]
+    grown = {path: np.stack([after[path] for after in runs]) for path in before}
     for leaf in grown.values():
-        # 4 of 20 grow; the deviation of a frequency is sqrt(0.2 * 0.8 / 2000).
-        np.testing.assert_allclose(leaf.mean(axis=0), 0.2, atol=5 * 0.009)
+        assert np.all(leaf.sum(axis=(1, 2)) == 8)
+        assert np.all(leaf[:, ~outside])
+    return {path: leaf[:, outside] for path, leaf in grown.items()}
 
 
-def test_growth_without_gradient_goes_to_random_places_and_not_by_index():
-    zeros = {"v": jnp.zeros((4, 6)), "w": jnp.full((4, 6), jnp.nan)}
-    grown = grown_where(MOVE_HALF, zeros)
+def zero_gradients():
+    return {path: jnp.zeros((4, 6)) for path in "vw"}
+
+
+@pytest.mark.parametrize("rule", [rules.set_(0.5, 0.5), rules.rigl(0.5, 0.5)])
+def test_growth_without_gradient_goes_to_random_places_and_not_by_index(rule):
+    grown = grown_where(rule, zero_gradients())
     for leaf in grown.values():
-        np.testing.assert_allclose(leaf.mean(axis=0), 0.2, atol=5 * 0.009)
+        # 4 of 20 grow; the deviation of a frequency is sqrt(0.2 * 0.8 / 100) = 0.04.
+        np.testing.assert_allclose(leaf.mean(axis=0), 0.2, atol=4 * 0.04)
     # Chance lets two leaves agree on all four places with probability 1 / 4845.
-    assert np.mean(np.all(grown["v"] == grown["w"], axis=1)) < 0.01
+    assert np.sum(np.all(grown["v"] == grown["w"], axis=1)) <= 1
+
+
+def test_sets_growth_looks_at_no_gradient():
+    rule, grads = rules.set_(0.5, 0.5), zero_gradients()
+    other = {path: grad.at[3].set(5.0) for path, grad in grads.items()}
+    assert_same(grown_where(rule, other), grown_where(rule, grads))
 
 
 def test_random_growth_comes_after_every_weight_with_a_gradient():
-    grads = {path: jnp.zeros((4, 6)).at[3, 4:].set(-1e-30) for path in "vw"}
-    grown = grown_where(MOVE_HALF, grads)["w"]
+    grads = {path: g.at[3, 4:].set(-1e-30) for path, g in zero_gradients().items()}
+    grown = grown_where(rules.rigl(0.5, 0.5), grads)["w"]
     assert grown[:, -2:].all()
-    np.testing.assert_allclose(grown[:, :-2].mean(axis=0), 2 / 18, atol=5 * 0.0071)
+    np.testing.assert_allclose(grown[:, :-2].mean(axis=0), 2 / 18, atol=4 * 0.031)
 
 
 @pytest.mark.parametrize("name", ["set", "rigl"])
@@ -418,7 +425,7 @@ def test_final_sparsities_may_be_swept_in_one_program():
         rule = rules.gradual(schedules.cubic(sparsity, 4))
         return rule.update(rule.init(params, KEY), params, params, 4, KEY)
 
-    swept = jax.jit(jax.vmap(final_masks))(jnp.array([0.25, 0.5, 0.875]))
+    swept = jit(jax.vmap(final_masks))(jnp.array([0.25, 0.5, 0.875]))
     counts = sum(jax.vmap(masks.count)(swept).values())
     np.testing.assert_array_equal(counts, [84, 56, 14])
 
@@ -445,7 +452,7 @@ def test_sharded_parameters_get_the_same_masks_and_are_not_gathered():
 
     params, grads = normals(7, shapes), normals(8, shapes)
     sharded = jax.device_put((params, grads), (put, put))
-    compiled = jax.jit(both).lower(*sharded).compile()
+    compiled = jit(both).lower(*sharded).compile()
     assert_same(compiled(*sharded), both(params, grads))
     for gathering in ("all-gather", "all-to-all", "collective-permute"):
         assert gathering not in compiled.as_text()

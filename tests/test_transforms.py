@@ -560,6 +560,12 @@ def test_masks_of_several_branches_are_merged():
     assert_same(params, apply_masks(params, get_masks(replaced)))
 
 
+def test_two_masks_for_one_leaf_are_refused():
+    state = sparsify(optax.sgd(0.1), rules.fixed(TICKET)).init(normals(0))
+    with pytest.raises(ValueError, match="for every leaf, got two; take the masks"):
+        get_masks((state, state))
+
+
 @pytest.mark.parametrize("tx", [optax.adam(0.1), optax.chain(optax.sgd(0.1))])
 def test_a_state_without_masks_is_refused(tx):
     state = tx.init(normals(0))

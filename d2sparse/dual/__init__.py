@@ -25,6 +25,7 @@ from d2sparse.dual.pair import (
     Trace,
     get_pair_masks,
     pair_macs,
+    pair_predictions,
     split_sparsity,
     stored_numbers,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "make_plans",
     "make_transforms",
     "pair_macs",
+    "pair_predictions",
     "split_sparsity",
     "stored_numbers",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 
 from d2sparse import macs as costs
 from d2sparse.schedules import When
-from d2sparse.train import TrainState
+from d2sparse.train import Data, TrainState
 from d2sparse.transforms import get_masks
 from d2sparse.tree import PyTree
 
@@ -116,6 +116,34 @@ def get_pair_masks(state: TrainState) -> Dual:
     slow = state.opt_state.slow
     slow_masks = slow.masks if isinstance(slow, Trace) else get_masks(slow)
     return Dual(get_masks(state.opt_state.fast), slow_masks)
+
+
+def pair_predictions(
+    predict: Dual, state: TrainState, data: Data
+) -> dict[str, np.ndarray]:
+    """Class probabilities of the pair's three outputs, the headline first.
+
+    "ensemble" is the mean of both learners' probabilities. The headline, fixed before
+    any run, is the ensemble where both learners are trained, and the slow learner where
+    it consolidates the fast one: then it alone is needed at inference.
+
+    Args:
+      predict: of each network, from `train.make_predict`.
+      state: the pair.
+      data: what to predict.
+
+    Returns:
+      float[n, classes] by "ensemble", "fast" and "slow".
+    """
+    fast, slow = (
+        f(params, model_state, data)
+        for f, params, model_state in zip(
+            predict, state.params, state.model_state, strict=True
+        )
+    )
+    outputs = {"ensemble": (fast + slow) / 2, "fast": fast, "slow": slow}
+    headline = "slow" if isinstance(state.opt_state.slow, Trace) else "ensemble"
+    return {headline: outputs[headline], **outputs}
 
 
 def stored_numbers(state: TrainState) -> int:

@@ -1,9 +1,4 @@
-"""Masks: which weights are live. Selection of the largest scores, and mask algebra.
-
-A mask tree has the structure and the shapes of the parameters and dtype bool on every
-leaf; a leaf that is never pruned is all True. Sparsity is the fraction of zeros and
-density = 1 - sparsity, both over the prunable leaves unless said otherwise.
-"""
+"""Selection of the largest scores, without sorting."""
 
 import collections
 import functools
@@ -14,10 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from d2sparse import tree
-from d2sparse.tree import Count, Counts, Prunable, PyTree, is_kernel
+from d2sparse.masks.layout import linear_index, pieces
+from d2sparse.tree import Count, Counts, PyTree
 
 # Digits of the scores, in bits. Wide ones read the scores twice instead of three times,
 # which pays where there are more scores than bins to clear and sum.
@@ -90,146 +84,6 @@ def select(
     return dict(zip(scores, kept, strict=True))
 
 
-def dense_masks(params: PyTree) -> PyTree:
-    """The mask tree under which every weight is live.
-
-    >>> dense_masks({"bias": jnp.zeros(2)})["bias"].tolist()
-    [True, True]
-    """
-    return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
-
-
-def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
-    """Parameters with every pruned weight set to exactly 0.
-
-    Args:
-      params: tree of parameters, or anything of their structure (gradients, moments).
-      masks: tree of bool with the same structure. Where it holds `optax.MaskedNode`, as
-        the masks of one branch of `optax.partition` do, the parameters are kept.
-
-    Raises:
-      ValueError: the structures or shapes differ.
-
-    >>> apply_masks({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})
-    {'w': Array([1., 0.], dtype=float32)}
-    """
-
-    def leaf(path: Any, mask: Any, param: Any) -> Any:
-        if is_gap(mask):
-            return param
-        if mask.shape != param.shape:
-            raise ValueError(
-                f"expected a mask of shape {param.shape} at "
-                f"{jax.tree_util.keystr(path, simple=True, separator='/')!r}, got "
-                f"{mask.shape}; take the masks from the state of these parameters"
-            )
-        return jnp.where(mask, param, jnp.zeros_like(param))
-
-    return jax.tree_util.tree_map_with_path(leaf, masks, params, is_leaf=is_gap)
-
-
-def copy_masks(masks: PyTree, like: PyTree) -> PyTree:
-    """Copies of masks for a tree of parameters, which may be a part of theirs.
-
-    They are copies, so that a state with them may be donated.
-
-    Args:
-      masks: tree of bool with the structure of all parameters.
-      like: parameters or masks. Where it holds `optax.MaskedNode`, as what one branch
-        of `optax.partition` sees does, so does the copy.
-
-    Raises:
-      ValueError: the structures or shapes differ.
-
-    >>> given = {"w": np.array([True, False]), "b": np.array([True])}
-    >>> copy_masks(given, {"w": jnp.zeros(2), "b": optax.MaskedNode()})
-    {'b': MaskedNode(), 'w': Array([ True, False], dtype=bool)}
-    """
-
-    def copied(node: Any, mask: Any) -> Any:
-        return node if is_gap(node) else jnp.array(mask, bool)
-
-    copies = jax.tree.map(copied, like, masks, is_leaf=is_gap)
-    apply_masks(like, copies)  # Complains where the shapes differ.
-    return copies
-
-
-def is_gap(node: Any) -> bool:
-    """Whether a node stands where a wrapper such as `optax.partition` hid a leaf.
-
-    >>> is_gap(optax.MaskedNode())
-    True
-    """
-    return isinstance(node, optax.MaskedNode)
-
-
-def count(masks: PyTree, prunable: Prunable = is_kernel) -> dict[str, jax.Array]:
-    """Number of live weights in every prunable leaf, by path.
-
-    >>> {p: int(n) for p, n in count({"kernel": jnp.eye(3, dtype=bool)}).items()}
-    {'kernel': 3}
-    """
-    leaves = tree.flatten(masks)
-    return {path: count_live(leaves[path]) for path in _paths(masks, prunable)}
-
-
-@jax.jit
-def count_live(mask: jax.Array) -> jax.Array:
-    """Number of live entries of one mask, int32[].
-
-    >>> int(count_live(jnp.eye(3, dtype=bool)))
-    3
-    """
-    rows = mask.reshape(_pieces(mask.size, 1 << 12), -1)
-    if len(rows) == 1:
-        return jnp.sum(mask, dtype=jnp.int32)
-    # A plain sum writes the mask out as integers first.
-    sums = jax.lax.fori_loop(
-        0, len(rows), lambda i, acc: acc + rows[i], jnp.zeros(rows.shape[1], jnp.int32)
-    )
-    return jnp.sum(sums)
-
-
-def density(masks: PyTree, prunable: Prunable = is_kernel) -> jax.Array:
-    """Fraction of the prunable weights that is live.
-
-    >>> print(density({"kernel": jnp.eye(4, dtype=bool), "bias": jnp.ones(4, bool)}))
-    0.25
-    """
-    leaves = tree.flatten(masks)
-    total = sum(leaves[path].size for path in _paths(masks, prunable))
-    live = sum(count(masks, prunable).values(), jnp.zeros((), jnp.int32))
-    return live / jnp.float32(total)
-
-
-def sparsity(masks: PyTree, prunable: Prunable = is_kernel) -> jax.Array:
-    """Fraction of the prunable weights that is zero: one minus the density.
-
-    >>> print(sparsity({"kernel": jnp.eye(4, dtype=bool), "bias": jnp.ones(4, bool)}))
-    0.75
-    """
-    return 1 - density(masks, prunable)
-
-
-def linear_index(shape: tuple[int, ...]) -> jax.Array:
-    """Row-major index of every entry, uint32[shape], built without a reshape.
-
-    >>> linear_index((2, 3)).tolist()
-    [[0, 1, 2], [3, 4, 5]]
-    """
-    index = jnp.zeros(shape, jnp.uint32)
-    for axis in range(len(shape)):
-        stride = jnp.uint32(math.prod(shape[axis + 1 :]))
-        index += stride * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return index
-
-
-def _paths(masks: PyTree, prunable: Prunable) -> list[str]:
-    # The predicate asks for parameters: show it the shapes with a floating dtype.
-    as_params = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, "float32"), masks)
-    return list(tree.prunable_leaves(as_params, prunable))
-
-
 class _Leaf(NamedTuple):
     """Scores to select from.
 
@@ -269,6 +123,8 @@ class _Cut(NamedTuple):
 
 
 # Outside of a compiled function the loop would be compiled at every call.
+
+
 @functools.partial(jax.jit, static_argnames="groups")
 def _largest(
     scores: list[jax.Array],
@@ -304,25 +160,12 @@ def _leaves(
 ) -> list[_Leaf]:
     leaves, seen = [], collections.Counter[int]()
     for score, group in zip(scores, groups, strict=True):
-        pieces = _pieces(score.size, _PIECE)
-        keys = _ordered_bits(score)
-        keys = keys.reshape(pieces, -1) if pieces > 1 else keys[None]
+        number, keys = pieces(score.size, _PIECE), _ordered_bits(score)
+        keys = keys.reshape(number, -1) if number > 1 else keys[None]
         salt = None if salts is None else salts[group]
         leaves.append(_Leaf(keys, seen[group], group, salt))
         seen[group] += score.size
     return leaves
-
-
-def _pieces(size: int, piece: int) -> int:
-    """In how many pieces of equal size, of about `piece` entries, a leaf is read.
-
-    What is read at once is written out first, as integers or indices. On a CPU fresh
-    memory costs more than the counting, so there pieces are read that fit in its cache.
-    With several devices a leaf may be sharded, and cutting it would gather it.
-    """
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
-        return 1
-    return math.gcd(size, 1 << (size // piece).bit_length())
 
 
 def _ordered_bits(scores: jax.Array) -> jax.Array:
@@ -396,7 +239,7 @@ def _histogram(leaf: _Leaf, cut: _Cut, bits: int) -> jax.Array:
     by_key, shift = _position(cut, bits)
     cut_key = cut.key[leaf.group]
     known = jnp.where(by_key, cut_key, cut.rank[leaf.group]) >> shift >> bits
-    pieces, *shape = leaf.keys.shape
+    number, *shape = leaf.keys.shape
 
     def count_piece(i: int | jax.Array, counts: jax.Array) -> jax.Array:
         keys = leaf.keys[i]
@@ -411,9 +254,9 @@ def _histogram(leaf: _Leaf, cut: _Cut, bits: int) -> jax.Array:
         return counts.at[digit].add(1, mode="drop")
 
     empty = jnp.zeros(1 << bits, jnp.int32)
-    if pieces == 1:
+    if number == 1:
         return count_piece(0, empty)
-    return jax.lax.fori_loop(0, pieces, count_piece, empty)
+    return jax.lax.fori_loop(0, number, count_piece, empty)
 
 
 def _digit_of_kth(

@@ -1,0 +1,31 @@
+"""Masks: which weights are live. Selection of the largest scores, and mask algebra.
+
+A mask tree has the structure and the shapes of the parameters and dtype bool on every
+leaf; a leaf that is never pruned is all True. Sparsity is the fraction of zeros and
+density = 1 - sparsity, both over the prunable leaves unless said otherwise.
+"""
+
+from d2sparse.masks.algebra import (
+    apply_masks,
+    copy_masks,
+    count,
+    count_live,
+    dense_masks,
+    density,
+    is_gap,
+    sparsity,
+)
+from d2sparse.masks.selection import select, top_k
+
+__all__ = [
+    "apply_masks",
+    "copy_masks",
+    "count",
+    "count_live",
+    "dense_masks",
+    "density",
+    "is_gap",
+    "select",
+    "sparsity",
+    "top_k",
+]

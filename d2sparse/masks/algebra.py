@@ -1,0 +1,138 @@
+"""Mask algebra: apply, copy, count."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from d2sparse import tree
+from d2sparse.masks.layout import pieces
+from d2sparse.tree import Prunable, PyTree, is_kernel
+
+
+def dense_masks(params: PyTree) -> PyTree:
+    """The mask tree under which every weight is live.
+
+    >>> dense_masks({"bias": jnp.zeros(2)})["bias"].tolist()
+    [True, True]
+    """
+    return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+
+
+def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
+    """Parameters with every pruned weight set to exactly 0.
+
+    Args:
+      params: tree of parameters, or anything of their structure (gradients, moments).
+      masks: tree of bool with the same structure. Where it holds `optax.MaskedNode`, as
+        the masks of one branch of `optax.partition` do, the parameters are kept.
+
+    Raises:
+      ValueError: the structures or shapes differ.
+
+    >>> apply_masks({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})
+    {'w': Array([1., 0.], dtype=float32)}
+    """
+
+    def leaf(path: Any, mask: Any, param: Any) -> Any:
+        if is_gap(mask):
+            return param
+        if mask.shape != param.shape:
+            raise ValueError(
+                f"expected a mask of shape {param.shape} at "
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')!r}, got "
+                f"{mask.shape}; take the masks from the state of these parameters"
+            )
+        return jnp.where(mask, param, jnp.zeros_like(param))
+
+    return jax.tree_util.tree_map_with_path(leaf, masks, params, is_leaf=is_gap)
+
+
+def copy_masks(masks: PyTree, like: PyTree) -> PyTree:
+    """Copies of masks for a tree of parameters, which may be a part of theirs.
+
+    They are copies, so that a state with them may be donated.
+
+    Args:
+      masks: tree of bool with the structure of all parameters.
+      like: parameters or masks. Where it holds `optax.MaskedNode`, as what one branch
+        of `optax.partition` sees does, so does the copy.
+
+    Raises:
+      ValueError: the structures or shapes differ.
+
+    >>> given = {"w": jnp.array([True, False]), "b": jnp.array([True])}
+    >>> copy_masks(given, {"w": jnp.zeros(2), "b": optax.MaskedNode()})
+    {'b': MaskedNode(), 'w': Array([ True, False], dtype=bool)}
+    """
+
+    def copied(node: Any, mask: Any) -> Any:
+        return node if is_gap(node) else jnp.array(mask, bool)
+
+    copies = jax.tree.map(copied, like, masks, is_leaf=is_gap)
+    apply_masks(like, copies)  # Complains where the shapes differ.
+    return copies
+
+
+def is_gap(node: Any) -> bool:
+    """Whether a node stands where a wrapper such as `optax.partition` hid a leaf.
+
+    >>> is_gap(optax.MaskedNode())
+    True
+    """
+    return isinstance(node, optax.MaskedNode)
+
+
+def count(masks: PyTree, prunable: Prunable = is_kernel) -> dict[str, jax.Array]:
+    """Number of live weights in every prunable leaf, by path.
+
+    >>> {p: int(n) for p, n in count({"kernel": jnp.eye(3, dtype=bool)}).items()}
+    {'kernel': 3}
+    """
+    leaves = tree.flatten(masks)
+    return {path: count_live(leaves[path]) for path in _paths(masks, prunable)}
+
+
+@jax.jit
+def count_live(mask: jax.Array) -> jax.Array:
+    """Number of live entries of one mask, int32[].
+
+    >>> int(count_live(jnp.eye(3, dtype=bool)))
+    3
+    """
+    rows = mask.reshape(pieces(mask.size, 1 << 12), -1)
+    if len(rows) == 1:
+        return jnp.sum(mask, dtype=jnp.int32)
+    # A plain sum writes the mask out as integers first.
+    sums = jax.lax.fori_loop(
+        0, len(rows), lambda i, acc: acc + rows[i], jnp.zeros(rows.shape[1], jnp.int32)
+    )
+    return jnp.sum(sums)
+
+
+def density(masks: PyTree, prunable: Prunable = is_kernel) -> jax.Array:
+    """Fraction of the prunable weights that is live.
+
+    >>> print(density({"kernel": jnp.eye(4, dtype=bool), "bias": jnp.ones(4, bool)}))
+    0.25
+    """
+    leaves = tree.flatten(masks)
+    total = sum(leaves[path].size for path in _paths(masks, prunable))
+    live = sum(count(masks, prunable).values(), jnp.zeros((), jnp.int32))
+    return live / jnp.float32(total)
+
+
+def sparsity(masks: PyTree, prunable: Prunable = is_kernel) -> jax.Array:
+    """Fraction of the prunable weights that is zero: one minus the density.
+
+    >>> print(sparsity({"kernel": jnp.eye(4, dtype=bool), "bias": jnp.ones(4, bool)}))
+    0.75
+    """
+    return 1 - density(masks, prunable)
+
+
+def _paths(masks: PyTree, prunable: Prunable) -> list[str]:
+    # The predicate asks for parameters: show it the shapes with a floating dtype.
+    as_params = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, "float32"), masks)
+    return list(tree.prunable_leaves(as_params, prunable))
