@@ -98,8 +98,8 @@ def find_ticket(
       state: the state to start from, dense, with an optimiser made by
         `sparsify(inner, fixed(masks))`: rounds differ in the masks alone, so one
         compiled step serves them all.
-      steps: steps of a round, the first of them `rewind_step` in later rounds.
-      rewind_step: the step whose weights every round starts from.
+      steps: the step at which every round ends.
+      rewind_step: the step whose weights every round after the first starts from.
       sparsities: sparsity after each pruning, rising, as of `round_sparsities`.
       on_round: called with the round's number and its trained state.
       prunable: predicate on (path, leaf).
@@ -108,11 +108,12 @@ def find_ticket(
       The state after the last round, trained for `steps` under the final masks.
 
     Raises:
-      ValueError: `rewind_step` is not between 0 and `steps`.
+      ValueError: `rewind_step` is before the state's step or not before `steps`.
     """
-    if not 0 <= rewind_step < steps:
+    if not int(state.step) <= rewind_step < steps:
         raise ValueError(
-            f"expected a rewind step from 0 to {steps - 1}, got {rewind_step}"
+            f"expected a rewind step from {int(state.step)}, where the state stands, "
+            f"to {steps - 1}, got {rewind_step}"
         )
     state = fit(state, rewind_step)
     early = jax.tree.map(jnp.copy, state)

@@ -100,7 +100,9 @@ def learning_curves(
     return figure
 
 
-def accuracy_against_cost(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def accuracy_against_cost(
+    rows: Sequence[Mapping[str, Any]], label: str = "test accuracy"
+) -> Figure:
     """Accuracy of every method against what its training costs.
 
     >>> figure = accuracy_against_cost([
@@ -114,6 +116,7 @@ def accuracy_against_cost(rows: Sequence[Mapping[str, Any]]) -> Figure:
       rows: one per method, with the fields method, accuracy (a fraction), its
         standard_error and relative_macs (multiply-accumulates of the whole training,
         in units of the dense network's; above 0).
+      label: what the vertical axis says.
 
     Returns:
       The figure; up and to the left is better.
@@ -137,7 +140,7 @@ def accuracy_against_cost(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.margins(x=0.2, y=0.15)
         axes.set(
             xlabel="multiply-accumulates of training (dense = 1)",
-            ylabel="test accuracy",
+            ylabel=label,
         )
         axes.set_title("mean over seeds and its standard error", color="0.3")
         axes.yaxis.set_major_formatter(_percent)

@@ -190,8 +190,8 @@ def prune_and_grow(
       sparsity: fraction of zeros among the prunable weights, in [0, 1); may be traced.
       growth: score of the weights that may grow.
       drop_fraction: step -> fraction of the live weights that falls, or a number.
-      distribution: how the budget is shared between the leaves; it must name a count
-        for every leaf.
+      distribution: how the budget is shared between the leaves at the start; a refresh
+        keeps the number of every leaf.
       prunable: predicate on (path, leaf).
 
     >>> rule, key = prune_and_grow(0.5, scores.gradient, 0.5), jax.random.key(0)

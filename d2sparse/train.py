@@ -75,8 +75,11 @@ def to_device(split: Split, like: Data | None = None) -> Data:
     >>> to_device(split).images.shape
     (4, 8, 8, 1)
     """
-    mean, std = channel_statistics(split.images) if like is None else like[2:]
-    return Data(*map(jnp.asarray, (split.images, split.labels, mean, std)))
+    if like is not None:
+        return like._replace(
+            images=jnp.asarray(split.images), labels=jnp.asarray(split.labels)
+        )
+    return Data(*map(jnp.asarray, (*split, *channel_statistics(split.images))))
 
 
 def take(data: Data, indices: jax.Array) -> Data:
@@ -237,7 +240,7 @@ def step_indices(state: TrainState, data: Data, steps: int, batch_size: int) -> 
 
 
 def make_runner(step: Step) -> Step:
-    """Strings steps together: `(state, data, indices[steps, batch])`, compiled once.
+    """Strings steps together: `(state, data, indices[steps, batch])`.
 
     On accelerators the steps are one `lax.scan`. On CPU they are a loop over the
     compiled step, since XLA runs convolutions in a loop body without its threads. Both
@@ -267,7 +270,9 @@ def fit(
       steps: number of the step to stop before.
       batch_size: examples per step.
       every: steps between two reports; at their multiples metrics leave the device.
+        If not given, there is one report at the end.
       report: called with the step, the state and the mean metrics since the last call.
+        It must not keep the state, which the next step uses up.
 
     Returns:
       The state after the last step.

@@ -139,9 +139,8 @@ def run(config: Config) -> dict[str, Any]:
     source = data.load(config.dataset, config.data_dir)
     first = draw_splits(config, source, seed=0)
     task = make_task(config, first.train, source.num_classes)
-    methods = {
-        name: make_method(name, task, _choices(config)) for name in config.methods
-    }
+    choices = _choices(config, len(first.train.labels))
+    methods = {name: make_method(name, task, choices) for name in config.methods}
     rehearse(task, first.train)
     out = records.open_run(config.workdir or _default_workdir(config), config)
     with _display(config) as progress:
@@ -303,7 +302,8 @@ def report(config: Config, task: Task, out: records.Run) -> dict[str, Any]:
         key, label = "train_accuracy", "accuracy on training batches"
     curves = plots.learning_curves(lines, key, label, percent=True)
     out.save_figure("learning_curves", curves)
-    out.save_figure("accuracy_against_cost", plots.accuracy_against_cost(rows))
+    cost = plots.accuracy_against_cost(rows, f"{_judged(config)} accuracy")
+    out.save_figure("accuracy_against_cost", cost)
     console = Console(soft_wrap=True)
     console.print(table)
     console.print(f"\nEverything is in {out.workdir}")
@@ -337,11 +337,14 @@ def _summarise(name: str, units: Mapping[str, Any], task: Task) -> dict[str, Any
     return row
 
 
+def _judged(config: Config) -> str:
+    return "validation" if config.validation_fraction else "test"
+
+
 def _columns(config: Config) -> dict[str, str]:
-    judged = "validation" if config.validation_fraction else "test"
     return {
         "method": "method",
-        "accuracy": f"{judged} accuracy %",
+        "accuracy": f"{_judged(config)} accuracy %",
         "to_rigl": "minus RigL",
         "nll": "NLL",
         "ece": "ECE %",
@@ -372,7 +375,8 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     return cells
 
 
-def _choices(config: Config) -> Choices:
+def _choices(config: Config, samples: int) -> Choices:
+    epoch = data.steps_per_epoch(samples, config.batch_size)
     suited = "fast_slow" if config.mode == "consolidated" else "symmetric"
     return Choices(
         coupling=dual.Coupling(
@@ -385,7 +389,7 @@ def _choices(config: Config) -> Choices:
         ),
         preset=suited if config.preset == "auto" else config.preset,
         mode=config.mode,
-        horizon=config.horizon or max(config.steps / 6, 1),
+        horizon=config.horizon or max(config.steps / 6, epoch),
         imp_rounds=config.imp_rounds,
         rewind_fraction=config.rewind_fraction,
     )

@@ -1,13 +1,20 @@
-"""One device setting for every test: eight fake CPU devices, no silent broadcasting."""
+"""Settings of every test: eight fake CPU devices, no silent broadcasting.
+
+Programs are compiled without XLA's optimiser: most of a test's time is compiling, and
+what is tested is what they compute.
+"""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = " ".join(
-        [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-    ).strip()
+FLAGS = {
+    "--xla_force_host_platform_device_count": "8",
+    "--xla_backend_optimization_level": "0",
+}
+given = os.environ.get("XLA_FLAGS", "")
+missing = [f"{name}={value}" for name, value in FLAGS.items() if name not in given]
+os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 
 import jax
 

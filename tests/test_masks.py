@@ -164,6 +164,22 @@ def test_select_in_each_leaf_or_over_all_of_them():
     assert alike["a/kernel"].tolist() == [True, True, False, False, False, False]
 
 
+@pytest.mark.parametrize("kind", ["ties", "special", "constant"])
+def test_select_searches_leaves_of_any_count_at_once(kind):
+    rng = np.random.default_rng(9)
+    shapes = {"a": (3, 5), "b": (21,), "c": (2, 2, 4), "d": (1,)}
+    select = jax.jit(masks.select)
+    for _ in range(10):
+        scores = {path: draw(rng, kind, shape) for path, shape in shapes.items()}
+        counts = {
+            path: int(rng.integers(0, leaf.size + 3)) for path, leaf in scores.items()
+        }
+        kept = select(scores, counts)
+        for path, leaf in scores.items():
+            (expected,) = expected_top_k([leaf], counts[path])
+            np.testing.assert_array_equal(kept[path], expected)
+
+
 def test_ties_go_to_random_entries_by_a_key():
     scores = {
         "a": jnp.array([[2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, -jnp.inf]]),

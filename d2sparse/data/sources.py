@@ -150,8 +150,9 @@ def _why_missing(name: str, root: pathlib.Path) -> str:
         )
     if not root.is_dir():
         return f"data_dir {root} does not exist; to make it, {_recipe(name, root)}"
+    shown = ", ".join(present[:6]) + ", ..." * (len(present) > 6) or "nothing"
     return (
-        f"data_dir {root} lacks a prepared {name!r}, it has {present}; "
+        f"data_dir {root} lacks a prepared {name!r}, it has {shown}; "
         f"{_recipe(name, root)}"
     )
 

@@ -96,7 +96,8 @@ def split_sparsity(size: int, sparsity: float, share: float = 0.5) -> Dual:
       share: the fast learner's part of the budget, in (0, 1).
 
     Raises:
-      ValueError: the sparsity or the share is outside of its range.
+      ValueError: the sparsity or the share is outside of its range, or one learner
+        would have no weights.
 
     >>> split_sparsity(1000, 0.8)
     Dual(fast=0.9, slow=0.9)
@@ -108,6 +109,12 @@ def split_sparsity(size: int, sparsity: float, share: float = 0.5) -> Dual:
         )
     total = round((1 - sparsity) * size)
     fast = round(share * total)
+    if not 0 < fast < total:
+        raise ValueError(
+            f"expected a budget that leaves both learners weights, got {total} for "
+            f"both and {fast} for the fast one; lower the sparsity {sparsity} or take "
+            "a wider network"
+        )
     return Dual(1 - fast / size, 1 - (total - fast) / size)
 
 

@@ -94,7 +94,7 @@ def make_dual_step(
     of the fast one and has no loss (mode "consolidated").
 
     Args:
-      models: the two networks.
+      models: the two networks; two of one shape where the slow one consolidates.
       tx: their optimisers.
       coupling: how they influence each other.
       augment: `(key, images) -> images`.

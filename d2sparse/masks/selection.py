@@ -123,8 +123,6 @@ class _Cut(NamedTuple):
 
 
 # Outside of a compiled function the loop would be compiled at every call.
-
-
 @functools.partial(jax.jit, static_argnames="groups")
 def _largest(
     scores: list[jax.Array],
