@@ -241,8 +241,11 @@ def _histogram(leaf: _Leaf, cut: _Cut, bits: int) -> jax.Array:
 
     def count_piece(i: int | jax.Array, counts: jax.Array) -> jax.Array:
         keys = leaf.keys[i]
-        ranks = _ranks(leaf, tuple(shape), i * math.prod(shape))
-        value = jnp.where(by_key, keys, ranks)
+        value = jax.lax.cond(
+            by_key,
+            lambda: keys,
+            lambda: _ranks(leaf, tuple(shape), i * math.prod(shape)),
+        )
         digit = (value >> shift) & jnp.uint32((1 << bits) - 1)
         # What cannot be kept is not counted: it often is most of a leaf, and a bin that
         # every other entry hits is slow.
