@@ -13,7 +13,7 @@ to RigL is paired, since all methods of a seed see the same labels.
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -144,14 +144,18 @@ def run(config: Config) -> dict[str, Any]:
     rehearse(task, first.train)
     out = records.open_run(config.workdir or _default_workdir(config), config)
     with _display(config) as progress:
-        total = progress.add_task("all", total=config.seeds * len(methods))
+        bar = progress.add_task("", total=config.seeds * len(methods))
+
+        def note(text: str) -> None:
+            progress.update(bar, description=text)
+
         for seed in range(config.seeds):
             splits = draw_splits(config, source, seed)
             for name, method in methods.items():
                 unit = records.Unit(name, seed)
                 if out.finished(unit) is None:
-                    run_unit(out, unit, method, task, splits, progress)
-                progress.advance(total)
+                    run_unit(out, unit, method, splits, note)
+                progress.advance(bar)
     return report(config, task, out)
 
 
@@ -238,26 +242,32 @@ def run_unit(
     out: records.Run,
     unit: records.Unit,
     method: Method,
-    task: Task,
     splits: Splits,
-    progress: Progress,
+    note: Callable[[str], None],
 ) -> None:
-    """Trains one method with one seed and records what it learned and cost."""
+    """Trains one method with one seed and records what it learned and cost.
+
+    Args:
+      out: where to.
+      unit: which method and seed.
+      method: the method.
+      splits: the data of the seed.
+      note: called with what is going on.
+    """
     out.start(unit)
-    bar = progress.add_task(unit.name, total=None)
+    note(f"{unit.name}, compiling")
     overlaps: list[tuple[int, float]] = []
 
     def measure(step: int, state: TrainState, logs: dict[str, float]) -> None:
         if splits.monitor is not None:
-            outputs = method.predict(state, splits.monitor)
-            headline = next(iter(outputs.values()))
+            headline = _headline(method.predict(state, splits.monitor))
             logs["monitor_accuracy"] = _accuracy(headline, splits.monitor)
         if isinstance(state.params, dual.Dual):
             statistics = jax.device_get(_mask_statistics(dual.get_pair_masks(state)))
             logs |= statistics
             overlaps.append((step, statistics["overlap"]))
         out.log(unit, step, logs)
-        progress.update(bar, description=f"{unit.name} step {step}")
+        note(f"{unit.name}, step {step}")
 
     begin = time.perf_counter()
     state = method.init(jax.random.key(unit.seed), splits.train)
@@ -266,21 +276,8 @@ def run_unit(
     seconds = time.perf_counter() - begin
     if unit == records.Unit("d2_sparse", 0):
         out.save_figure("masks", _picture(state, overlaps))
-    outputs = method.predict(state, splits.judge)
-    headline = next(iter(outputs.values()))
-    stored, inference_macs = method.costs(state, splits.train)
-    out.finish(
-        unit,
-        train.evaluate(headline, np.asarray(splits.judge.labels))
-        | {f"accuracy_{k}": _accuracy(v, splits.judge) for k, v in outputs.items()}
-        | {
-            "nonzeros": stored,
-            "training_macs": training_macs,
-            "inference_macs": inference_macs,
-            "seconds": seconds,
-        },
-    )
-    progress.remove_task(bar)
+    costs = {"training_macs": training_macs, "seconds": seconds}
+    out.finish(unit, _judge(method, state, splits) | costs)
 
 
 def report(config: Config, task: Task, out: records.Run) -> dict[str, Any]:
@@ -308,6 +305,21 @@ def report(config: Config, task: Task, out: records.Run) -> dict[str, Any]:
     console.print(table)
     console.print(f"\nEverything is in {out.workdir}")
     return summary
+
+
+def _judge(method: Method, state: TrainState, splits: Splits) -> dict[str, float]:
+    outputs = method.predict(state, splits.judge)
+    stored, inference_macs = method.costs(state, splits.train)
+    return {
+        **train.evaluate(_headline(outputs), np.asarray(splits.judge.labels)),
+        **{f"accuracy_{k}": _accuracy(v, splits.judge) for k, v in outputs.items()},
+        "nonzeros": stored,
+        "inference_macs": inference_macs,
+    }
+
+
+def _headline(outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    return next(iter(outputs.values()))
 
 
 def _summarise(name: str, units: Mapping[str, Any], task: Task) -> dict[str, Any]:
@@ -401,11 +413,11 @@ def _default_workdir(config: Config) -> str:
 
 def _display(config: Config) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.description}"),
         disable=not config.progress,
         transient=True,
     )

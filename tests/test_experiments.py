@@ -69,7 +69,7 @@ def draws(monkeypatch):
     """The splits each unit is given, with the training itself left out."""
     seen = {}
 
-    def record(out, unit, method, task, splits, progress):
+    def record(out, unit, method, splits, note):
         seen[unit] = splits
 
     monkeypatch.setattr(d2_sparse, "run_unit", record)
