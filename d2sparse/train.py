@@ -13,13 +13,18 @@ import numpy as np
 import optax
 
 from d2sparse import losses, metrics, tree
-from d2sparse.data import Split, batch_indices, channel_statistics, standardize
+from d2sparse.data import (
+    Augment,
+    Split,
+    batch_indices,
+    channel_statistics,
+    standardize,
+)
 from d2sparse.masks import apply_masks
 from d2sparse.models import Model
 from d2sparse.transforms import get_masks, sparse_states
 from d2sparse.tree import PyTree
 
-Augment = Callable[[jax.Array, jax.Array], jax.Array]
 Metrics = dict[str, jax.Array]
 
 

@@ -45,7 +45,9 @@ def sparsify(
     dense gradient. The inner optimiser then sees masked gradients and masked moments,
     and what it returns is emitted where the mask is True, `-param` elsewhere. After
     `optax.apply_updates` pruned weights are exactly 0 and live ones have the bits the
-    inner optimiser gives them. A weight that grows starts from 0 with zero moments.
+    inner optimiser gives them (operation by operation: two programs that XLA fuses
+    differently may round differently). A weight that grows starts from 0 with zero
+    moments.
 
     `update` takes two arguments of its own beside those it passes on to `inner`:
 

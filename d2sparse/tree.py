@@ -70,7 +70,8 @@ def is_kernel(path: str, leaf: Any) -> bool:
     This is the default answer to "which weights may be pruned?". It takes the kernels
     of convolutions and dense layers, first layer and head included, and leaves biases
     and the scales and shifts of normalisations dense. An embedding table counts as a
-    kernel; give a predicate of your own to keep it, or any other leaf, dense.
+    kernel, and so does a bias of shape (1, n); give a predicate of your own to keep
+    them, or any other leaf, dense.
 
     >>> is_kernel("dense/kernel", jnp.zeros((3, 2)))
     True

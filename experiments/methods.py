@@ -12,12 +12,13 @@ import numpy as np
 import optax
 
 from d2sparse import dual, lottery, macs, rules, train, tree
+from d2sparse.data import Augment
 from d2sparse.dual import Coupling, Dual
 from d2sparse.masks import dense_masks
 from d2sparse.models import Model
 from d2sparse.rules import MaskRule
 from d2sparse.schedules import When, at, cosine, every
-from d2sparse.train import Augment, Data, Report, Step, TrainState
+from d2sparse.train import Data, Report, Step, TrainState
 from d2sparse.transforms import get_masks, sparsify
 from d2sparse.tree import PyTree
 

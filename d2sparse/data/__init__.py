@@ -1,6 +1,7 @@
 """Data sets, data budgets, minibatch streams and on-device augmentation."""
 
 from d2sparse.data.augment import (
+    Augment,
     channel_statistics,
     color_jitter,
     cutout,
@@ -14,6 +15,7 @@ from d2sparse.data.budgets import budget, holdout
 from d2sparse.data.sources import Source, Split, load
 
 __all__ = [
+    "Augment",
     "Source",
     "Split",
     "batch_indices",

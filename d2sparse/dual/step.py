@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from d2sparse import losses, metrics, scores, tree
+from d2sparse.data import Augment
 from d2sparse.dual.consolidation import begin_trace, consolidate
 from d2sparse.dual.pair import Consolidation, Coupling, Dual, get_pair_masks
 from d2sparse.masks import apply_masks, count, select
 from d2sparse.train import (
-    Augment,
     Data,
     Metrics,
     Step,

@@ -32,7 +32,7 @@ def top_k(scores: PyTree, k: Count) -> PyTree:
     Nothing is sorted: the k-th largest score is found digit by digit in the integer
     view of the floats, by histograms. Those of several leaves, or of the shards of one,
     are added. So `k` may be traced, the function may be vmapped over it, and sharded
-    leaves stay where they are.
+    leaves stay where they are (on a mesh whose axes are of type `AxisType.Auto`).
 
     Args:
       scores: tree of float[...]; a single array is a tree too.
