@@ -1,13 +1,14 @@
 """D2-Sparse: two coupled sparse networks that learn from few labels.
 
-What is published: the title, the authors (Misra, Nolte, Mishra, Yin; PML4LRS workshop
-at ICLR 2024) and an abstract that speaks of dual dynamic sparse learning after the
-complementary learning systems of the brain, a fast and a slow learner. No equations and
-no code are public. **The formulation below is this project's reconstruction**: mutual
-distillation between two networks (arXiv 1706.00384), each trained by prune and grow at
-a fixed budget (RigL, arXiv 1911.11134), whose masks avoid each other; or, in the
-consolidated form, a slow network that is the masked running average of the fast one
-(after CLS-ER, arXiv 2201.12604).
+What is published: the title, "Navigating the low data learning regime with coupled
+sparse networks", the authors (Misra, Nolte, Mishra, Yin) and the place, an oral at the
+PML4LRS workshop of ICLR 2024. We know of no public code, and nothing here is taken from
+the paper's equations or tables. **The formulation below is this project's
+reconstruction** from that title and from published neighbours: mutual distillation
+between two networks (arXiv 1706.00384), each trained by prune and grow at a fixed
+budget (RigL, arXiv 1911.11134), whose masks avoid each other; or, in the consolidated
+form, a slow network that is the masked running average of the fast one (after CLS-ER,
+arXiv 2201.12604).
 
     L_fast = CE(z_fast, y) + lambda_fast(t) tau^2 KL(sg q_slow || q_fast)
     L_slow = CE(z_slow, y) + lambda_slow(t) tau^2 KL(sg q_fast || q_slow)
