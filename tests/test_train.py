@@ -307,7 +307,9 @@ def test_the_state_is_donated_and_the_data_are_not(data, sparse_run):
     run, init, _, _ = sparse_run
     state = init(data)
     after = train.fit(run, state, data, steps=4, batch_size=BATCH)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    # jax 0.11 keeps the scalar step, whose buffer it shares with other zeros.
+    kept = {path for path, leaf in flatten(state).items() if not leaf.is_deleted()}
+    assert kept <= {"step"}
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, data)))
 
 
