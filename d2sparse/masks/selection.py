@@ -187,7 +187,7 @@ def _ranks(leaf: _Leaf, shape: tuple[int, ...], first: int | jax.Array) -> jax.A
 def _shuffled(x: jax.Array) -> jax.Array:
     """The finaliser of MurmurHash3, a permutation of uint32 that looks random.
 
-    It costs a tenth of random numbers from `jax.random`.
+    It costs a fraction of random numbers from `jax.random`.
     """
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
