@@ -82,6 +82,15 @@ def every(interval: int, stop: int | None = None) -> When:
     return when
 
 
+def refresh_stop(steps: int) -> int:
+    """The step from which masks stay: three quarters of the run, at least 1.
+
+    >>> refresh_stop(1000)
+    750
+    """
+    return max(steps * 3 // 4, 1)
+
+
 def refresh_interval(samples: int, batch_size: int, stop: int) -> int:
     """Steps between two refreshes on few data.
 

@@ -17,6 +17,15 @@ Count = int | jax.Array
 Counts = Count | Mapping[str, Count]  # Per leaf by path, or for all leaves together.
 
 
+def path_name(path: tuple[Any, ...]) -> str:
+    """The name of a leaf, from its path as JAX gives it.
+
+    >>> path_name((jax.tree_util.DictKey("conv"), jax.tree_util.SequenceKey(0)))
+    'conv/0'
+    """
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def flatten(tree: PyTree) -> dict[str, Any]:
     """Leaves by path, in the order of the tree.
 
@@ -30,7 +39,7 @@ def flatten(tree: PyTree) -> dict[str, Any]:
     {'dense/bias': 2, 'dense/kernel': 1}
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_name(path): leaf for path, leaf in leaves}
+    return {path_name(path): leaf for path, leaf in leaves}
 
 
 def map_with_path(f: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
@@ -39,7 +48,7 @@ def map_with_path(f: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
     >>> map_with_path(lambda path, leaf: f"{path}={leaf}", {"kernel": 1})
     {'kernel': 'kernel=1'}
     """
-    return jax.tree_util.tree_map_with_path(lambda p, leaf: f(_name(p), leaf), tree)
+    return jax.tree_util.tree_map_with_path(lambda p, leaf: f(path_name(p), leaf), tree)
 
 
 def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
@@ -122,7 +131,3 @@ def size(tree: PyTree) -> int:
     8
     """
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

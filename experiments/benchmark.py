@@ -24,7 +24,7 @@ from d2sparse import distributions, models, records, rules, tree
 from d2sparse.masks import apply_masks
 from d2sparse.rules import MaskRule
 from d2sparse.schedules import at
-from d2sparse.transforms import get_masks, sparsify
+from d2sparse.transforms import sparsify
 from experiments import cli
 
 IMAGE = (1, 32, 32, 3)
@@ -128,8 +128,7 @@ def _stepper(
 
 def _refresher(rule: MaskRule, params: Any, grads: Any) -> Callable[[], None]:
     key = jax.random.key(0)
-    begin = sparsify(optax.sgd(0.1), rule)
-    masks = get_masks(jax.jit(begin.init)(params))
+    masks = jax.jit(rule.init)(params, key)
     sparse = apply_masks(params, masks)
     update = jax.jit(rule.update)
 

@@ -30,7 +30,7 @@ from rich.progress import (
 
 from d2sparse import data, dual, metrics, models, plots, records, train, tree
 from d2sparse.distributions import check_sparsity
-from d2sparse.schedules import refresh_interval
+from d2sparse.schedules import refresh_interval, refresh_stop
 from d2sparse.train import Data, TrainState
 from experiments import cli
 from experiments.methods import (
@@ -198,11 +198,14 @@ def make_task(config: Config, labelled: Data, num_classes: int) -> Task:
             f"expected label_smoothing in [0, 1], got {config.label_smoothing}"
         )
     check_sparsity(config.sparsity)
-    size, stop = len(labelled.labels), config.steps * 3 // 4
+    size, stop = len(labelled.labels), refresh_stop(config.steps)
     interval = refresh_interval(size, config.batch_size, stop)
+    model = models.make_model(config.model, num_classes, config.width)
+    params, macs = shapes_and_macs(model, labelled.images.shape[1:])
     return Task(
-        model=models.make_model(config.model, num_classes, config.width),
-        image_shape=labelled.images.shape[1:],
+        model=model,
+        params=params,
+        macs=macs,
         augment=data.make_augment(
             padding=config.shift,
             flip=config.flip,
@@ -329,7 +332,7 @@ def _summarise(name: str, units: Mapping[str, Any], task: Task) -> dict[str, Any
         for key in next(iter(own.values()))
     }
     accuracy = {seed: unit["accuracy"] for seed, unit in own.items()}
-    dense = 3 * task.steps * sum(shapes_and_macs(task)[1].values())
+    dense = 3 * task.steps * sum(task.macs.values())
     row = {
         "method": name,
         "accuracy": mean["accuracy"],

@@ -17,7 +17,7 @@ from d2sparse.dual import Coupling, Dual
 from d2sparse.masks import dense_masks
 from d2sparse.models import Model
 from d2sparse.rules import MaskRule
-from d2sparse.schedules import When, at, cosine, every
+from d2sparse.schedules import When, at, refresh_stop
 from d2sparse.train import Data, Report, Step, TrainState
 from d2sparse.transforms import get_masks, sparsify
 from d2sparse.tree import PyTree
@@ -34,7 +34,8 @@ class Task(NamedTuple):
 
     Attributes:
       model: the network.
-      image_shape: (height, width, channels) of its input.
+      params: shapes of its parameters.
+      macs: its dense forward cost by path.
       augment: `(key, images) -> images`.
       optimizer: learning rate -> inner optimiser.
       learning_rate: the largest one.
@@ -48,7 +49,8 @@ class Task(NamedTuple):
     """
 
     model: Model
-    image_shape: tuple[int, ...]
+    params: PyTree
+    macs: dict[str, int]
     augment: Augment
     optimizer: dual.MakeOptimizer
     learning_rate: float
@@ -60,14 +62,9 @@ class Task(NamedTuple):
     interval: int
     every: int
 
-    @property
-    def stop(self) -> int:
-        """The step from which masks stay: three quarters of the run."""
-        return self.steps * 3 // 4
-
     def mean_interval(self, interval: int) -> float | None:
         """Steps per refresh over the whole run, None if there is no refresh."""
-        refreshes = max(self.stop - 1, 0) // interval
+        refreshes = (refresh_stop(self.steps) - 1) // interval
         return self.steps / refreshes if refreshes else None
 
     def fit(self, run: Step, state: TrainState, data: Data, **kwargs: Any) -> Any:
@@ -119,21 +116,21 @@ class Network(NamedTuple):
     Attributes:
       init: `(key, data) -> state`.
       run: runner of its training steps.
-      macs: its dense forward cost by path.
     """
 
     init: Callable[[jax.Array, Data], TrainState]
     run: Step
-    macs: dict[str, int]
 
 
-def shapes_and_macs(task: Task) -> tuple[PyTree, dict[str, int]]:
-    """Shapes of the network's parameters, and its dense forward cost by path."""
-    x = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
-    variables = jax.eval_shape(task.model.init, jax.random.key(0), x)
+def shapes_and_macs(
+    model: Model, image_shape: tuple[int, ...]
+) -> tuple[PyTree, dict[str, int]]:
+    """Shapes of a network's parameters, and its dense forward cost by path."""
+    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
 
     def apply(variables: Any, x: jax.Array) -> jax.Array:
-        return task.model.apply(*variables, x, train=False)[0]
+        return model.apply(*variables, x, train=False)[0]
 
     costs = macs.forward_macs(apply, variables, x)
     params = variables[0]
@@ -150,8 +147,8 @@ def single(
         state = task.fit(network.run, state, data, report=report)
         size = len(data.labels)
         per_step = macs.training_macs(
-            _sparse_macs(state, network.macs),
-            sum(network.macs.values()),
+            _sparse_macs(state, task.macs),
+            sum(task.macs.values()),
             interval=interval,
             growth_samples=(interval and min(task.growth_samples, size)) or None,
             batch_size=min(task.batch_size, size),
@@ -168,8 +165,7 @@ def imp(task: Task, rounds: int, rewind_fraction: float) -> Method:
             f"expected a rewind_fraction in [0, 1), got {rewind_fraction}; 0 rewinds "
             "to the initial weights"
         )
-    params, _ = shapes_and_macs(task)
-    network = _network(task, rules.fixed(dense_masks(params)), at([]))
+    network = _network(task, rules.fixed(dense_masks(task.params)), at([]))
     sparsities = lottery.round_sparsities(task.sparsity, rounds)
 
     def fit(state: TrainState, data: Data, report: Report) -> tuple[TrainState, float]:
@@ -179,7 +175,7 @@ def imp(task: Task, rounds: int, rewind_fraction: float) -> Method:
             nonlocal taken, spent
             begin, before = int(state.step), taken
             taken += stop - begin
-            spent += 3 * _sparse_macs(state, network.macs) * (stop - begin)
+            spent += 3 * _sparse_macs(state, task.macs) * (stop - begin)
 
             def in_all(step: int, *rest: Any) -> None:
                 report(before + step - begin, *rest)
@@ -206,14 +202,12 @@ def pair(
       coupling: how they influence each other.
       intervals: mean steps between the refreshes of each mask, None for none.
     """
-    models, (_, cost) = Dual(task.model, task.model), shapes_and_macs(task)
+    models = Dual(task.model, task.model)
     transforms = tx(jax.random.key(0))
     step = dual.make_dual_step(
         models, transforms, coupling, task.augment, task.smoothing, task.growth_samples
     )
     run, forward = train.make_runner(step), train.make_predict(task.model)
-    consolidated = isinstance(transforms.slow, dual.Consolidation)
-    headline = "slow" if consolidated else "ensemble"
 
     def init(key: jax.Array, data: Data) -> TrainState:
         mask_key, key = jax.random.split(key)
@@ -222,7 +216,7 @@ def pair(
     def costs(state: TrainState, data: Data) -> dict[str, float]:
         return dual.pair_macs(
             state,
-            Dual(cost, cost),
+            Dual(task.macs, task.macs),
             intervals,
             growth_samples=min(task.growth_samples, len(data.labels)),
             batch_size=min(task.batch_size, len(data.labels)),
@@ -235,22 +229,17 @@ def pair(
     def predict(state: TrainState, data: Data) -> dict[str, np.ndarray]:
         return dual.pair_predictions(Dual(forward, forward), state, data)
 
-    return Method(
-        init,
-        fit,
-        predict,
-        lambda state, data: (dual.stored_numbers(state), costs(state, data)[headline]),
-    )
+    def stored_and_inference(state: TrainState, data: Data) -> tuple[int, float]:
+        return dual.stored_numbers(state), costs(state, data)[dual.headline(state)]
+
+    return Method(init, fit, predict, stored_and_inference)
 
 
 def sparse_pair(task: Task, choices: Choices) -> Method:
     """Two sparse networks with the budget of one between them."""
-    params, _ = shapes_and_macs(task)
-    size = sum(leaf.size for leaf in tree.prunable_leaves(params).values())
+    size = sum(leaf.size for leaf in tree.prunable_leaves(task.params).values())
     halves = dual.split_sparsity(size, task.sparsity)
-    plans = dual.make_plans(
-        choices.preset, task.learning_rate, task.steps, task.interval
-    )
+    plans = _plans(task, choices.preset)
 
     def tx(key: jax.Array) -> Dual:
         return dual.make_transforms(
@@ -278,12 +267,14 @@ def make_method(name: str, task: Task, choices: Choices) -> Method:
     Raises:
       ValueError: unknown name, or choices that do not fit.
     """
-    rigl = rules.rigl(task.sparsity, cosine(0.3, max(task.stop, 1)))
-    refresh = every(task.interval, task.stop)
+    plan = _plans(task, "symmetric").fast
+    rigl = rules.rigl(task.sparsity, plan.drop_fraction)
     builders: dict[str, Callable[[], Method]] = {
         "dense": lambda: single(task, rules.static(0.0), at([])),
         "static": lambda: single(task, rules.static(task.sparsity), at([])),
-        "rigl": lambda: single(task, rigl, refresh, task.mean_interval(task.interval)),
+        "rigl": lambda: single(
+            task, rigl, plan.when, task.mean_interval(plan.interval)
+        ),
         "imp": lambda: imp(task, choices.imp_rounds, choices.rewind_fraction),
         "uncoupled_pair": lambda: sparse_pair(
             task,
@@ -295,6 +286,10 @@ def make_method(name: str, task: Task, choices: Choices) -> Method:
     if name not in builders:
         raise ValueError(f"expected a method of {', '.join(METHODS)}, got {name!r}")
     return builders[name]()
+
+
+def _plans(task: Task, preset: str) -> Dual:
+    return dual.make_plans(preset, task.learning_rate, task.steps, task.interval)
 
 
 def _network(task: Task, rule: MaskRule, when: When) -> Network:
@@ -310,7 +305,7 @@ def _network(task: Task, rule: MaskRule, when: When) -> Network:
         mask_key, key = jax.random.split(key)
         return train.init_state(task.model, make_tx(mask_key), data, key)
 
-    return Network(init, train.make_runner(step), shapes_and_macs(task)[1])
+    return Network(init, train.make_runner(step))
 
 
 def _single_method(
@@ -327,7 +322,7 @@ def _single_method(
         del data
         live = jax.device_get(get_masks(state.opt_state))
         stored = sum(int(mask.sum()) for mask in jax.tree.leaves(live))
-        return stored, _sparse_macs(state, network.macs)
+        return stored, _sparse_macs(state, task.macs)
 
     return Method(network.init, fit, predict, costs)
 

@@ -125,14 +125,21 @@ def get_pair_masks(state: TrainState) -> Dual:
     return Dual(get_masks(state.opt_state.fast), slow_masks)
 
 
+def headline(state: TrainState) -> str:
+    """Which output of a pair counts, fixed before any run.
+
+    "ensemble" where both learners are trained; "slow" where the slow learner
+    consolidates the fast one, since then it alone is needed at inference.
+    """
+    return "slow" if isinstance(state.opt_state.slow, Trace) else "ensemble"
+
+
 def pair_predictions(
     predict: Dual, state: TrainState, data: Data
 ) -> dict[str, np.ndarray]:
     """Class probabilities of the pair's three outputs, the headline first.
 
-    "ensemble" is the mean of both learners' probabilities. The headline, fixed before
-    any run, is the ensemble where both learners are trained, and the slow learner where
-    it consolidates the fast one: then it alone is needed at inference.
+    "ensemble" is the mean of both learners' probabilities; see `headline`.
 
     Args:
       predict: of each network, from `train.make_predict`.
@@ -149,8 +156,8 @@ def pair_predictions(
         )
     )
     outputs = {"ensemble": (fast + slow) / 2, "fast": fast, "slow": slow}
-    headline = "slow" if isinstance(state.opt_state.slow, Trace) else "ensemble"
-    return {headline: outputs[headline], **outputs}
+    first = headline(state)
+    return {first: outputs[first], **outputs}
 
 
 def stored_numbers(state: TrainState) -> int:

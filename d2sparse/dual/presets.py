@@ -8,7 +8,7 @@ import optax
 
 from d2sparse.dual.pair import Consolidation, Dual
 from d2sparse.rules import rigl
-from d2sparse.schedules import Schedule, When, cosine, every
+from d2sparse.schedules import Schedule, When, cosine, every, refresh_stop
 from d2sparse.transforms import sparsify
 
 PRESETS = ("symmetric", "fast_slow")
@@ -60,7 +60,7 @@ def make_plans(preset: str, learning_rate: float, steps: int, interval: int) -> 
     """
     if preset not in PRESETS:
         raise ValueError(f"expected a preset of {PRESETS}, got {preset!r}")
-    stop = max(steps * 3 // 4, 1)
+    stop = refresh_stop(steps)
     annealed = optax.cosine_decay_schedule(learning_rate, steps)
 
     def plan(rate: optax.Schedule, fraction: float, interval: int) -> Plan:

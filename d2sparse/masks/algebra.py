@@ -41,7 +41,7 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
         if mask.shape != param.shape:
             raise ValueError(
                 f"expected a mask of shape {param.shape} at "
-                f"{jax.tree_util.keystr(path, simple=True, separator='/')!r}, got "
+                f"{tree.path_name(path)!r}, got "
                 f"{mask.shape}; take the masks from the state of these parameters"
             )
         return jnp.where(mask, param, jnp.zeros_like(param))
