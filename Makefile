@@ -4,7 +4,7 @@
 #   make demo     the main experiment: coupled sparse networks on few labels
 #   make test     lint, format, types and tests
 #   make slow     the tests that take minutes
-#   make bench    what sparsity costs per step
+#   make bench    what sparsity costs: refreshes, steps, memory, compiling
 #   make clean    remove the environment and caches; runs are kept
 
 PYTHON ?= python3
@@ -39,7 +39,7 @@ test: env
 	@$(BIN)/python -m ruff format --check --quiet || { \
 	  echo "error: unformatted files; run: $(BIN)/ruff format" >&2; exit 1; }
 	@$(BIN)/python -m mypy --no-error-summary
-	@$(BIN)/python -m pytest --numprocesses=2
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 slow: env
 	@$(BIN)/python -m pytest -m slow

@@ -6,18 +6,38 @@ to the initial weights, arXiv 1912.05671).
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from d2sparse import scores
 from d2sparse.masks import apply_masks
 from d2sparse.rules import one_shot
+from d2sparse.scores import Score
 from d2sparse.train import TrainState
-from d2sparse.transforms import get_masks, set_masks
+from d2sparse.transforms import get_masks, set_masks, sparse_states
 from d2sparse.tree import Prunable, PyTree, is_kernel
 
 Fit = Callable[[TrainState, int], TrainState]
-OnRound = Callable[[int, TrainState], None]
+Rewinding = Literal["weights", "learning_rate"]
+
+
+class Ticket(NamedTuple):
+    """What a sparse network starts from.
+
+    Attributes:
+      params: weights, 0 where they are pruned.
+      model_state: normalisation statistics.
+      masks: tree of bool like the parameters.
+    """
+
+    params: PyTree
+    model_state: PyTree
+    masks: PyTree
+
+
+OnRound = Callable[[int, TrainState, Ticket], None]
 
 
 def round_sparsities(sparsity: float, rounds: int) -> list[float]:
@@ -45,40 +65,73 @@ def round_sparsities(sparsity: float, rounds: int) -> list[float]:
 
 
 def prune_live(
-    params: PyTree, masks: PyTree, sparsity: float, prunable: Prunable = is_kernel
+    params: PyTree,
+    masks: PyTree,
+    sparsity: float,
+    prunable: Prunable = is_kernel,
+    score: Score = scores.magnitude,
+    key: jax.Array | None = None,
 ) -> PyTree:
-    """Masks of the largest live magnitudes, all leaves competing.
+    """Masks of the largest live scores, all leaves competing.
 
     Args:
       params: trained parameters.
       masks: their masks; what is pruned stays pruned.
       sparsity: fraction of zeros among the prunable weights, in [0, 1).
       prunable: predicate on (path, leaf).
+      score: which weights matter: `scores.magnitude`, or `scores.random` as control.
+      key: random key for the score.
 
     >>> params = {"kernel": jnp.array([[4.0, 1.0], [2.0, 3.0]])}
     >>> masks = {"kernel": jnp.array([[False, True], [True, True]])}
     >>> prune_live(params, masks, 0.5)["kernel"].tolist()
     [[False, False], [True, True]]
     """
-    rule = one_shot(sparsity, prunable=prunable)
-    return rule.update(masks, params, None, 0, jax.random.key(0))
+    rule = one_shot(sparsity, score, prunable=prunable)
+    key = jax.random.key(0) if key is None else key
+    return rule.update(masks, params, None, 0, key)
 
 
-def rewind(state: TrainState, masks: PyTree) -> TrainState:
+def rewind(
+    early: TrainState, masks: PyTree, trained: TrainState | None = None
+) -> TrainState:
     """The state of an early step under other masks, as a copy of its own.
 
     Weights, normalisation statistics, moments and step are those of the early state;
-    its parameters are masked.
+    its parameters are masked, unless its optimiser is made by `freeze`: then the losers
+    keep their early weights (RISE, Tartaglione, ICIP 2022).
+
+    With the trained state only the learning rate is rewound: weights and statistics are
+    the trained ones, step and moments those of the early state (Renda, Frankle and
+    Carbin, arXiv 2003.02389).
 
     Args:
-      state: the state to go back to; its optimiser is made by `sparsify`.
+      early: the state to go back to; its optimiser is made by `sparsify` or `freeze`.
       masks: tree of bool like the parameters.
+      trained: the state whose weights are kept; None rewinds them too.
     """
-    state = state._replace(
-        params=apply_masks(state.params, masks),
-        opt_state=set_masks(state.opt_state, masks),
+    source = early if trained is None else trained
+    zero = bool(sparse_states(early.opt_state))
+    state = early._replace(
+        params=apply_masks(source.params, masks) if zero else source.params,
+        model_state=source.model_state,
+        opt_state=set_masks(early.opt_state, masks),
     )
     return jax.tree.map(jnp.copy, state)  # Masks too: training uses the state up.
+
+
+def start_from(ticket: Ticket, state: TrainState) -> TrainState:
+    """A new state that starts from a ticket: with its weights, statistics and masks.
+
+    What becomes of the masks is up to the rule of the state's optimiser: `fixed` keeps
+    them, `rigl` moves them, `gradual` prunes on.
+
+    Args:
+      ticket: where to start; it fits the network of the state.
+      state: at step 0; its optimiser is made by `sparsify` or `freeze`.
+    """
+    state = state._replace(params=ticket.params, model_state=ticket.model_state)
+    return rewind(state, ticket.masks)
 
 
 def find_ticket(
@@ -89,6 +142,8 @@ def find_ticket(
     sparsities: Sequence[float],
     on_round: OnRound | None = None,
     prunable: Prunable = is_kernel,
+    score: Score = scores.magnitude,
+    rewinding: Rewinding = "weights",
 ) -> TrainState:
     """Iterative magnitude pruning: the trained winning ticket.
 
@@ -97,33 +152,53 @@ def find_ticket(
         state it is given.
       state: the state to start from, dense, with an optimiser made by
         `sparsify(inner, fixed(masks))`: rounds differ in the masks alone, so one
-        compiled step serves them all.
+        compiled step serves them all. With `freeze` in its place the losers hold their
+        early weights instead of being 0.
       steps: the step at which every round ends.
       rewind_step: the step whose weights every round after the first starts from.
       sparsities: sparsity after each pruning, rising, as of `round_sparsities`.
-      on_round: called with the round's number and its trained state.
+      on_round: called with the round's number, its trained state, and the ticket that
+        was trained in it.
       prunable: predicate on (path, leaf).
+      score: which weights matter; random scores are the control.
+      rewinding: what goes back after a pruning, `"weights"` and learning rate, or the
+        `"learning_rate"` alone.
 
     Returns:
-      The state after the last round, trained for `steps` under the final masks.
+      The state after the last round, trained up to `steps` under the final masks.
 
     Raises:
-      ValueError: `rewind_step` is before the state's step or not before `steps`.
+      ValueError: `rewind_step` is before the state's step or not before `steps`, or
+        the rewinding is unknown.
     """
     if not int(state.step) <= rewind_step < steps:
         raise ValueError(
             f"expected a rewind step from {int(state.step)}, where the state stands, "
             f"to {steps - 1}, got {rewind_step}"
         )
+    if rewinding not in ("weights", "learning_rate"):
+        raise ValueError(
+            f"expected rewinding 'weights' or 'learning_rate', got {rewinding!r}"
+        )
     state = fit(state, rewind_step)
     early = jax.tree.map(jnp.copy, state)
+    ticket = _ticket(early)
     state = fit(state, steps)
     for number, sparsity in enumerate(sparsities, start=1):
         if on_round is not None:
-            on_round(number - 1, state)
-        masks = get_masks(state.opt_state)
-        masks = prune_live(state.params, masks, sparsity, prunable)
-        state = fit(rewind(early, masks), steps)
+            on_round(number - 1, state, ticket)
+        key, old = jax.random.fold_in(early.key, number), get_masks(state.opt_state)
+        masks = prune_live(state.params, old, sparsity, prunable, score, key)
+        trained = state if rewinding == "learning_rate" else None
+        state = rewind(early, masks, trained)
+        ticket = _ticket(state)
+        state = fit(state, steps)
     if on_round is not None:
-        on_round(len(sparsities), state)
+        on_round(len(sparsities), state, ticket)
     return state
+
+
+def _ticket(state: TrainState) -> Ticket:
+    masks = get_masks(state.opt_state)
+    copied = Ticket(state.params, state.model_state, masks)
+    return jax.tree.map(jnp.copy, copied)

@@ -82,6 +82,30 @@ def every(interval: int, stop: int | None = None) -> When:
     return when
 
 
+def alternating(interval: int, stop: int, begin: int | None = None) -> When:
+    """True in every second phase of `interval` steps from `begin` on, and from `stop`.
+
+    The compressed phases of AC/DC (Peste et al., arXiv 2106.12379): dense up to `begin`
+    (one interval if not given), then sparse and dense by turns, sparse at the end.
+
+    Raises:
+      ValueError: the interval is not positive.
+
+    >>> [int(alternating(2, stop=8)(step)) for step in range(10)]
+    [0, 0, 1, 1, 0, 0, 1, 1, 1, 1]
+    """
+    if interval < 1:
+        raise ValueError(f"expected an interval of at least 1 step, got {interval}")
+    first = interval if begin is None else begin
+
+    def when(step: Step) -> jax.Array:
+        step = jnp.asarray(step)
+        phase = (step - first) // interval
+        return (step >= first) & (phase % 2 == 0) | (step >= stop)
+
+    return when
+
+
 def refresh_stop(steps: int) -> int:
     """The step from which masks stay: three quarters of the run, at least 1.
 

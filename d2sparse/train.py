@@ -22,7 +22,7 @@ from d2sparse.data import (
 )
 from d2sparse.masks import apply_masks
 from d2sparse.models import Model
-from d2sparse.transforms import get_masks, sparse_states
+from d2sparse.transforms import check_refreshes, get_masks, sparse_states
 from d2sparse.tree import PyTree
 
 Metrics = dict[str, jax.Array]
@@ -281,6 +281,10 @@ def fit(
 
     Returns:
       The state after the last step.
+
+    Raises:
+      ValueError: a refresh of the masks has met a NaN since the last report; it names
+        the leaves.
     """
     every = every or steps
     position = int(state.step)
@@ -288,6 +292,7 @@ def fit(
         stop = min(steps, position - position % every + every)
         indices = step_indices(state, data, stop - position, batch_size)
         state, logs = run(state, data, indices)
+        check_refreshes(state.opt_state)
         if report is not None:
             means = {
                 name: float(np.mean(v)) for name, v in jax.device_get(logs).items()

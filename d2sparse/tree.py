@@ -4,8 +4,9 @@ Any pytree will do: nested dicts, Flax NNX states, Equinox modules, NamedTuples.
 is named by its path, the keys from the root joined by slashes: `"block1/conv/kernel"`.
 """
 
+import collections
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -20,9 +21,14 @@ Counts = Count | Mapping[str, Count]  # Per leaf by path, or for all leaves toge
 def path_name(path: tuple[Any, ...]) -> str:
     """The name of a leaf, from its path as JAX gives it.
 
+    A last key `.value` is left out: in Flax NNX it stands for the array in a variable,
+    and parameters come with it or without.
+
     >>> path_name((jax.tree_util.DictKey("conv"), jax.tree_util.SequenceKey(0)))
     'conv/0'
     """
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -35,11 +41,22 @@ def flatten(tree: PyTree) -> dict[str, Any]:
     Returns:
       A dict from path, such as `"block1/conv/kernel"`, to leaf.
 
+    Raises:
+      ValueError: two leaves have the same path, as `{"a/b": 1, "a": {"b": 2}}` does.
+
     >>> flatten({"dense": {"kernel": 1, "bias": 2}})
     {'dense/bias': 2, 'dense/kernel': 1}
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_name(path): leaf for path, leaf in leaves}
+    named = {path_name(path): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):
+        count = collections.Counter(path_name(path) for path, _ in leaves)
+        twice = sorted(path for path, n in count.items() if n > 1)
+        raise ValueError(
+            f"expected a path of its own for every leaf, got {twice} more than once; "
+            "rename the keys that hold a slash"
+        )
+    return named
 
 
 def map_with_path(f: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
@@ -49,6 +66,16 @@ def map_with_path(f: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
     {'kernel': 'kernel=1'}
     """
     return jax.tree_util.tree_map_with_path(lambda p, leaf: f(path_name(p), leaf), tree)
+
+
+def pick(tree: PyTree, paths: Iterable[str]) -> dict[str, Any]:
+    """The leaves at the given paths.
+
+    >>> pick({"kernel": 1, "bias": 2}, ["kernel"])
+    {'kernel': 1}
+    """
+    leaves = flatten(tree)
+    return {path: leaves[path] for path in paths}
 
 
 def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
@@ -79,8 +106,8 @@ def is_kernel(path: str, leaf: Any) -> bool:
     This is the default answer to "which weights may be pruned?". It takes the kernels
     of convolutions and dense layers, first layer and head included, and leaves biases
     and the scales and shifts of normalisations dense. An embedding table counts as a
-    kernel, and so does a bias of shape (1, n); give a predicate of your own to keep
-    them, or any other leaf, dense.
+    kernel, and so does a bias of shape (1, n), or (n, 1, 1) as Equinox's convolutions
+    have it; give a predicate of your own to keep them, or any other leaf, dense.
 
     >>> is_kernel("dense/kernel", jnp.zeros((3, 2)))
     True

@@ -1,175 +1,153 @@
-"""What does sparsity cost the optimiser?
+"""What does sparsity cost?
 
-Times one optimiser step with and without `sparsify`, and one refresh of the masks in
-units of one pass over the weights (`abs(w) >= t` with `t` known), on the parameter tree
-of a real network. All candidates of a table take turns in one process, so that the load
-of the machine falls on each alike; ratios are of medians.
+Times a refresh of the masks in passes over the weights and beside sorting them, the
+optimiser step with and without `sparsify`, whole training steps, compilation, and many
+small runs at once; reads memory from the compiled programs; and holds the figures
+against targets. All candidates of a table take turns in one process. The whole takes
+about five minutes on two cores, where nothing has been compiled before.
 
-    python -m experiments.benchmark
+    python -m experiments.benchmark --out=docs/benchmark.md
+    python -m experiments.benchmark --quick --sections=refresh,step
 """
 
 import dataclasses
-import platform
-import time
-from collections.abc import Callable
-from typing import Any
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from rich.console import Console
-
-from d2sparse import distributions, models, records, rules, tree
-from d2sparse.masks import apply_masks
-from d2sparse.rules import MaskRule
-from d2sparse.schedules import at
-from d2sparse.transforms import sparsify
+from d2sparse import distributions
 from experiments import cli
+from experiments.benchmarks.measure import Table, to_markdown
+from experiments.benchmarks.refresh import refresh_table
+from experiments.benchmarks.steps import compile_table, step_table
+from experiments.benchmarks.targets import targets_table
+from experiments.benchmarks.training import seeds_table, training_table
+from experiments.benchmarks.workload import Sizes, machine, make_sizes, param_shapes
 
-IMAGE = (1, 32, 32, 3)
+Section = Literal["refresh", "step", "training", "compile", "seeds"]
+SECTIONS: Mapping[Section, Callable[[Sizes], Table]] = {
+    "refresh": refresh_table,
+    "step": step_table,
+    "training": training_table,
+    "compile": compile_table,
+    "seeds": seeds_table,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Flags of the benchmark."""
 
-    model: str = "resnet18"  # whose parameter tree is used
+    # What is measured.
+    sections: tuple[Section, ...] = tuple(SECTIONS)
+    # Whose parameter trees are used; the first is trained as well. If not given,
+    # resnet18 and resnet50, or resnet8 with --quick.
+    models: tuple[str, ...] = ()
     sparsity: float = 0.8  # zeros among the prunable weights
-    steps: int = 10  # optimiser steps in one timing
-    rounds: int = 15  # timings of every candidate; the median counts
+    # Timings of every candidate, of which the median counts; 9 if not given, or 3 with
+    # --quick. Candidates that take seconds get fewer.
+    rounds: int | None = None
+    quick: bool = False  # small sizes, to see that everything runs
+    # A Markdown file for the tables, or a directory for a file benchmark.md.
+    out: str | None = None
 
 
-def run(config: Config) -> list[dict[str, Any]]:
-    """Prints and returns the table of costs.
+def run(config: Config) -> dict[str, Table]:
+    """Prints, writes and returns the tables by section, the targets last.
 
     Raises:
-      ValueError: a number is out of its range or the model is unknown.
+      ValueError: a flag is out of its range, a model is unknown, or the file cannot be
+        written.
     """
-    if config.rounds < 1 or config.steps < 1:
+    sizes = checked_sizes(config)
+    path = out_path(config.out)
+    text = [show(heading(config, sizes))]
+    tables = {}
+    for section, measure in SECTIONS.items():
+        if section in config.sections:
+            tables[section] = measure(sizes)
+            text.append(show(to_markdown(tables[section])))
+    tables["targets"] = targets_table(tables)
+    text.append(show(to_markdown(tables["targets"])))
+    if path is not None:
+        path.write_text("\n".join(text), encoding="utf-8")
+    return tables
+
+
+def checked_sizes(config: Config) -> Sizes:
+    """The sizes the flags ask for.
+
+    Raises:
+      ValueError: a flag is out of its range or a model is unknown.
+    """
+    unknown = sorted(set(config.sections) - set(SECTIONS))
+    if unknown or not config.sections:
         raise ValueError(
-            f"expected rounds and steps of at least 1, got {config.rounds} and "
-            f"{config.steps}"
+            f"expected sections of {', '.join(SECTIONS)}, got "
+            f"{', '.join(unknown) or 'none'}"
         )
-    params = make_params(config.model)
-    rows = step_costs(params, config) + refresh_costs(params, config)
-    console = Console(soft_wrap=True)
-    size = tree.size(params) / 1e6
-    console.print(f"{config.model}, {size:.2f} M parameters, on {_machine()}\n")
-    console.print(records.markdown_table(rows, _COLUMNS))
-    return rows
+    if config.rounds is not None and config.rounds < 1:
+        raise ValueError(f"expected at least 1 round, got {config.rounds}")
+    distributions.check_sparsity(config.sparsity)
+    sizes = make_sizes(config.quick, config.sparsity, config.models, config.rounds)
+    for model in sizes.models:
+        param_shapes(model, sizes.image)  # Complains of an unknown model.
+    return sizes
 
 
-def make_params(model: str) -> Any:
-    """Random parameters with the shapes of a model, made on the host."""
-    network = models.make_model(model, num_classes=10)
-    shapes, _ = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros(IMAGE))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), shapes
+def out_path(out: str | None) -> Path | None:
+    """The file to write, its directory made; None for none.
+
+    Raises:
+      ValueError: it cannot be written.
+    """
+    if out is None:
+        return None
+    path = Path(out).expanduser()
+    path = path if path.suffix == ".md" else path / "benchmark.md"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        problem = "" if os.access(path.parent, os.W_OK | os.X_OK) else "not permitted"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem or path.is_dir():
+        reason = problem or "it is a directory"
+        raise ValueError(f"{path} cannot be written ({reason}); give another --out")
+    return path
+
+
+def heading(config: Config, sizes: Sizes) -> str:
+    """Title, command, machine and settings."""
+    return (
+        f"# What sparsity costs\n\n    {command(config)}\n\nMeasured on {machine()}, "
+        f"at sparsity {sizes.sparsity}; medians of {sizes.rounds} rounds, "
+        f"{sizes.slow_rounds} of what takes seconds."
     )
 
 
-def step_costs(params: Any, config: Config) -> list[dict[str, str]]:
-    """Optimiser steps between two refreshes, donated, against the plain optimiser."""
-    inner = optax.sgd(0.1, momentum=0.9)
-    rule, never = rules.rigl(config.sparsity), at([])
-    candidates = {
-        "sgd+momentum step": inner,
-        "with sparsify(rigl), no refresh": sparsify(inner, rule, never),
-    }
-    loops = {
-        name: _stepper(tx, params, config.steps) for name, tx in candidates.items()
-    }
-    return _rows(_take_turns(loops, config.rounds), config.steps, "× the plain step")
+def command(config: Config) -> str:
+    """The words of a shell that run it.
+
+    >>> command(Config(quick=True, sections=("step", "seeds")))
+    'python -m experiments.benchmark --sections=step,seeds --quick'
+    """
+    words = ["python", "-m", "experiments.benchmark"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is True:
+            words.append(f"--{field.name}")
+        elif value != field.default:
+            text = ",".join(value) if isinstance(value, tuple) else value
+            words.append(f"--{field.name}={text}")
+    return shlex.join(words)
 
 
-def refresh_costs(params: Any, config: Config) -> list[dict[str, str]]:
-    """Refreshes of the masks against one pass over the weights."""
-    grads = jax.tree.map(lambda w: w[..., ::-1], params)
-    magnitude = rules.one_shot(config.sparsity, distribution=distributions.erk)
-    candidates = {
-        "refresh: magnitude, each leaf (ERK)": magnitude,
-        "refresh: magnitude, global": rules.one_shot(config.sparsity),
-        "refresh: SET": rules.set_(config.sparsity),
-        "refresh: RigL": rules.rigl(config.sparsity),
-    }
-    passes = jax.jit(lambda p: [jnp.abs(w) >= 1 for w in _weights(p)])
-    loops = {"one pass over the weights": lambda: jax.block_until_ready(passes(params))}
-    for name, rule in candidates.items():
-        loops[name] = _refresher(rule, params, grads)
-    return _rows(_take_turns(loops, config.rounds), 1, "passes")
-
-
-def _weights(params: Any) -> list[jax.Array]:
-    return list(tree.prunable_leaves(params).values())
-
-
-def _stepper(
-    tx: optax.GradientTransformation, params: Any, steps: int
-) -> Callable[[], None]:
-    def step(carry: Any, grads: Any) -> Any:
-        params, state = carry
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    compiled = jax.jit(step, donate_argnums=0)
-    grads = jax.tree.map(lambda w: 1e-3 * w[..., ::-1], params)
-    state = jax.jit(tx.init)(params)
-    carry = [jax.tree.map(jnp.copy, (params, state))]
-
-    def loop() -> None:
-        for _ in range(steps):
-            carry[0] = compiled(carry[0], grads)
-        jax.block_until_ready(carry[0])
-
-    return loop
-
-
-def _refresher(rule: MaskRule, params: Any, grads: Any) -> Callable[[], None]:
-    key = jax.random.key(0)
-    masks = jax.jit(rule.init)(params, key)
-    sparse = apply_masks(params, masks)
-    update = jax.jit(rule.update)
-
-    def loop() -> None:
-        jax.block_until_ready(update(masks, sparse, grads, jnp.int32(1), key))
-
-    return loop
-
-
-def _take_turns(loops: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of every candidate, the first, compiling call left out."""
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for loop in loops.values():
-        loop()
-    for _ in range(rounds):
-        for name, loop in loops.items():
-            begin = time.perf_counter()
-            loop()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: float(np.median(values)) for name, values in seconds.items()}
-
-
-_COLUMNS = {"what": "what", "milliseconds": "milliseconds", "relative": "relative"}
-
-
-def _rows(seconds: dict[str, float], steps: int, unit: str) -> list[dict[str, str]]:
-    """The first candidate is what the others are measured by."""
-    reference, *_ = seconds.values()
-    return [
-        {
-            "what": name,
-            "milliseconds": f"{1e3 * value / steps:.2f}",
-            "relative": f"{value / reference:.2f} {unit}",
-        }
-        for name, value in seconds.items()
-    ]
-
-
-def _machine() -> str:
-    device = jax.devices()[0]
-    return f"{device.device_kind} ({platform.machine()}), jax {jax.__version__}"
+def show(text: str) -> str:
+    """Prints a part of the report at once and returns it as it was printed."""
+    print(text + "\n", flush=True)
+    return text + "\n"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import d2sparse
 
 # Rooms whose functions need no more than arrays to be shown in an example.
 GROUND = ["tree", "masks", "scores", "distributions", "schedules", "rules", "losses"]
-GROUND += ["metrics", "macs", "transforms"]
+GROUND += ["metrics", "macs", "transforms", "reparam", "packing"]
 MODULES = [m.name for m in pkgutil.walk_packages(d2sparse.__path__, "d2sparse.")]
 NEVER_ON_IMPORT = {
     *("flax", "matplotlib", "orbax", "sklearn", "tabulate", "tensorboardX"),

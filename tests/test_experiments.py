@@ -4,22 +4,20 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+import runs
+from runs import modified, read, unit_files, without_time
 from simple_parsing.docstring import get_attribute_docstring
 
 from d2sparse import data, records
-from experiments import benchmark, d2_sparse
+from experiments import d2_sparse
 from experiments.d2_sparse import Config
 from experiments.methods import METHODS
 
-ROOT = Path(__file__).parent.parent
-TFDS = Path(os.environ.get("TFDS_DATA_DIR") or ROOT.parent / "shared" / "tfds")
+TFDS = Path(os.environ.get("TFDS_DATA_DIR") or runs.ROOT.parent / "shared" / "tfds")
 SEEDS = range(2)
 TINY = Config(
     seeds=len(SEEDS),
@@ -36,10 +34,8 @@ KERNELS, BIASES = 64 * 30 + 30 * 10 + 10 * 10, 30 + 10 + 10
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick_compilation():
-    """Nearly all the time here is compilation, of programs that run for a moment."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with runs.quick_compilation():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -77,31 +73,8 @@ def draws(monkeypatch):
     return seen
 
 
-def read(path):
-    return json.loads(path.read_text())
-
-
-def units(workdir):
-    return {path.stem: path for path in (workdir / "units").iterdir()}
-
-
 def results(workdir, method):
-    return [read(workdir / "units" / f"{method}-seed{seed}.json") for seed in SEEDS]
-
-
-def without_time(value):
-    """What must be repeated to the last bit: everything but seconds and places."""
-    if isinstance(value, dict):
-        return {
-            key: without_time(item)
-            for key, item in value.items()
-            if key not in ("seconds", "workdir")
-        }
-    return [without_time(item) for item in value] if isinstance(value, list) else value
-
-
-def modified(paths):
-    return {path.name: path.stat().st_mtime_ns for path in paths}
+    return runs.results(workdir, method, SEEDS)
 
 
 def images(split):
@@ -118,7 +91,7 @@ def test_without_flags_all_methods_meet_on_digits():
 def test_the_run_directory_holds_what_was_asked_for(finished):
     workdir, _ = finished
     expected = {f"{method}-seed{seed}" for method in METHODS for seed in SEEDS}
-    assert set(units(workdir)) == expected
+    assert set(unit_files(workdir)) == expected
     for name in expected:
         (events,) = (workdir / "tensorboard" / name).iterdir()
         assert events.stat().st_size > 0
@@ -133,7 +106,7 @@ def test_the_run_directory_holds_what_was_asked_for(finished):
 def test_the_learning_curves_of_every_unit_are_on_file(finished):
     workdir, _ = finished
     lines = records.read_metrics(workdir)
-    for name in units(workdir):
+    for name in unit_files(workdir):
         own = [line for line in lines if line["unit"] == name]
         steps = [line["step"] for line in own]
         rounds = 1 if "imp" not in name else 3
@@ -205,19 +178,19 @@ def test_training_costs_are_relative_to_the_dense_network(rows):
 @pytest.mark.usefixtures("no_training")
 def test_a_finished_run_is_not_repeated(finished):
     workdir, summary = finished
-    before = modified(units(workdir).values())
+    before = modified(unit_files(workdir).values())
     again = d2_sparse.run(dataclasses.replace(TINY, workdir=str(workdir)))
     assert again == summary
-    assert modified(units(workdir).values()) == before
+    assert modified(unit_files(workdir).values()) == before
 
 
 def test_an_interrupted_run_repeats_only_what_it_lacks(finished, tmp_path, monkeypatch):
     workdir, summary = finished
     resumed = shutil.copytree(workdir, tmp_path / "resumed")
-    lost = units(resumed)["rigl-seed1"]
+    lost = unit_files(resumed)["rigl-seed1"]
     lost.unlink()
     (resumed / "summary.json").unlink()
-    before = modified(units(resumed).values())
+    before = modified(unit_files(resumed).values())
     trained, run_unit = [], d2_sparse.run_unit
 
     def counted(out, unit, *rest):
@@ -227,9 +200,11 @@ def test_an_interrupted_run_repeats_only_what_it_lacks(finished, tmp_path, monke
     monkeypatch.setattr(d2_sparse, "run_unit", counted)
     again = d2_sparse.run(dataclasses.replace(TINY, workdir=str(resumed)))
     assert trained == ["rigl-seed1"]
-    assert without_time(read(lost)) == without_time(read(units(workdir)["rigl-seed1"]))
+    assert without_time(read(lost)) == without_time(
+        read(unit_files(workdir)["rigl-seed1"])
+    )
     assert without_time(again) == without_time(summary)
-    assert before.items() <= modified(units(resumed).values()).items()
+    assert before.items() <= modified(unit_files(resumed).values()).items()
     assert sorted((resumed / "metrics.jsonl").read_text().splitlines()) == sorted(
         (workdir / "metrics.jsonl").read_text().splitlines()
     )
@@ -238,10 +213,10 @@ def test_an_interrupted_run_repeats_only_what_it_lacks(finished, tmp_path, monke
 @pytest.mark.usefixtures("no_training")
 def test_a_directory_of_another_configuration_is_refused(finished):
     workdir, _ = finished
-    before = modified(path for path in workdir.rglob("*") if path.is_file())
+    before = modified(workdir.rglob("*"))
     with pytest.raises(ValueError, match=r"sparsity was 0\.8 and is 0\.5; give anoth"):
         d2_sparse.run(dataclasses.replace(TINY, sparsity=0.5, workdir=str(workdir)))
-    after = modified(path for path in workdir.rglob("*") if path.is_file())
+    after = modified(workdir.rglob("*"))
     assert after == before
 
 
@@ -387,15 +362,7 @@ def test_the_whole_data_set_leaves_nothing_to_monitor():
 
 
 def command(*words):
-    """Runs the experiment as a user does."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "experiments.d2_sparse", *words],
-        cwd=ROOT,
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return runs.command("experiments.d2_sparse", *words)
 
 
 def test_help_explains_every_flag():
@@ -416,33 +383,6 @@ def test_a_refused_flag_is_one_line_on_the_command_line(tmp_path):
         "initial weights\n"
     )
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_benchmark_measures_what_it_names(capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "IMAGE", (1, 8, 8, 1))
-    config = benchmark.Config(model="lenet_300_100", rounds=1, steps=1)
-    rows = benchmark.run(config)
-    assert [row["what"] for row in rows if row["relative"].startswith("1.00 ")] == [
-        "sgd+momentum step",
-        "one pass over the weights",
-    ]
-    assert len(rows) == 2 + 5
-    assert all(float(row["milliseconds"]) >= 0 for row in rows)
-    printed = capsys.readouterr().out
-    assert all(row["what"] in printed for row in rows)
-
-
-def test_the_benchmark_uses_colour_images_of_32_pixels():
-    assert benchmark.IMAGE == (1, 32, 32, 3)
-    params = benchmark.make_params("lenet_300_100")
-    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
-    assert (32 * 32 * 3, 300) in shapes
-
-
-@pytest.mark.parametrize("change", [{"rounds": 0}, {"steps": 0}, {"model": "resnet"}])
-def test_the_benchmark_refuses_bad_input(change):
-    with pytest.raises(ValueError, match=r"rounds and steps|unknown model"):
-        benchmark.run(dataclasses.replace(benchmark.Config(), **change))
 
 
 @pytest.mark.slow

@@ -7,15 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2sparse import train
+from d2sparse import scores, train
 from d2sparse.data import Split
-from d2sparse.lottery import find_ticket, prune_live, rewind, round_sparsities
+from d2sparse.lottery import (
+    find_ticket,
+    prune_live,
+    rewind,
+    round_sparsities,
+    start_from,
+)
 from d2sparse.masks import dense_masks
 from d2sparse.models import Model
 from d2sparse.rules import fixed
 from d2sparse.schedules import at
 from d2sparse.train import TrainState
-from d2sparse.transforms import get_masks, sparsify
+from d2sparse.transforms import freeze, get_masks, sparsify
 
 SPARSITIES = (0.5, 0.75, 0.9)
 KERNELS = ("first", "head")
@@ -45,13 +51,12 @@ def data():
     return train.to_device(Split(images, rng.integers(10, size=24).astype(np.int32)))
 
 
-@pytest.fixture(scope="module")
-def dense_run(data):
+def make_run(data, wrap):
     """A first state, `(state, step) -> state` that uses it up, and its traces."""
     model, traces = perceptron(), []
     params, _ = model.init(jax.random.key(0), train.inputs(data))
     masks = fixed(dense_masks(params))
-    tx = sparsify(train.make_optimizer("sgd", 0.1, 5e-4), masks, at([]))
+    tx = wrap(train.make_optimizer("sgd", 0.1, 5e-4), masks, at([]))
     step = train.make_train_step(train.make_loss(model), tx)
 
     def traced(*args):
@@ -64,6 +69,16 @@ def dense_run(data):
         return train.fit(run, state, data, stop, batch_size=8)
 
     return train.init_state(model, tx, data, jax.random.key(0)), fit, traces
+
+
+@pytest.fixture(scope="module")
+def dense_run(data):
+    return make_run(data, sparsify)
+
+
+@pytest.fixture(scope="module")
+def frozen_run(data):
+    return make_run(data, freeze)
 
 
 def copy(state):
@@ -198,7 +213,7 @@ def test_masks_shrink_to_the_exact_sparsities(dense_run, rewind_step):
     first, fit, traces = dense_run
     rounds, states = [], []
 
-    def on_round(number, state):
+    def on_round(number, state, ticket):
         rounds.append((number, int(state.step), host(get_masks(state.opt_state))))
         states.append(state)
 
@@ -245,7 +260,7 @@ def test_the_order_of_training_pruning_and_rewinding():
         events.append(("trained", host(state), stop))
         return state
 
-    def on_round(number, state):
+    def on_round(number, state, ticket):
         events.append(("round", host(state), number))
 
     final = find_ticket(fit, first, 5, 2, SPARSITIES[:2], on_round)
@@ -275,7 +290,7 @@ def test_without_sparsities_a_ticket_is_the_dense_run(dense_run):
     first, fit, _ = dense_run
     rounds = []
     ticket = find_ticket(
-        fit, copy(first), 6, 3, [], lambda number, state: rounds.append(number)
+        fit, copy(first), 6, 3, [], lambda number, state, ticket: rounds.append(number)
     )
     assert_same_bits(ticket, fit(copy(first), 6))
     assert rounds == [0]
@@ -286,3 +301,81 @@ def test_a_rewind_step_outside_of_the_run_is_refused(rewind_step):
     begin = TrainState(jnp.int32(0), {}, {}, (), jax.random.key(0))
     with pytest.raises(ValueError, match=f"from 0, .* to 4, got {rewind_step}"):
         find_ticket(lambda state, step: state, begin, 5, rewind_step, [0.5])
+
+
+def test_only_the_learning_rate_is_rewound_on_request(dense_run):
+    first, fit, _ = dense_run
+    early = fit(copy(first), 3)
+    trained = fit(copy(early), 8)
+    masks = prune_live(trained.params, get_masks(trained.opt_state), 0.75)
+    expected = host(early)._replace(
+        params={n: w * np.array(masks[n]) for n, w in host(trained.params).items()},
+        model_state=host(trained.model_state),
+        opt_state=host(early.opt_state)._replace(masks=host(masks)),
+    )
+    assert_same_bits(rewind(early, masks, trained), expected)
+    found = find_ticket(fit, copy(first), 8, 3, [0.75], rewinding="learning_rate")
+    assert_same_bits(found, fit(rewind(early, masks, trained), 8))
+
+
+def test_frozen_losers_keep_the_weights_they_are_rewound_to(frozen_run):
+    first, fit, traces = frozen_run
+    early = host(fit(copy(first), 3))
+    found = find_ticket(fit, copy(first), 8, 3, [0.75, 0.9])
+    masks = host(get_masks(found.opt_state))
+    assert sum(masks[name].sum() for name in KERNELS) == round(0.1 * (96 + 60))
+    for name, weights in host(found.params).items():
+        frozen = weights == early.params[name]
+        np.testing.assert_array_equal(frozen, ~masks[name])
+    assert len(traces) == 1
+
+
+def test_a_ticket_is_what_its_round_was_trained_from(dense_run):
+    first, fit, _ = dense_run
+    rounds = []
+
+    def on_round(number, state, ticket):
+        rounds.append((host(state), ticket))
+
+    find_ticket(fit, copy(first), 8, 3, SPARSITIES, on_round)
+    early = host(fit(copy(first), 3))
+    for state, ticket in rounds:
+        masks = host(ticket.masks)
+        assert_same_bits(state.opt_state.masks, masks)
+        expected = {n: w * masks[n] for n, w in early.params.items()}
+        assert_same_bits(ticket.params, expected)
+        assert_same_bits(ticket.model_state, early.model_state)
+
+
+def test_a_new_run_starts_from_a_ticket(dense_run):
+    first, fit, _ = dense_run
+    tickets = []
+    find_ticket(fit, copy(first), 8, 3, [0.9], lambda n, s, t: tickets.append(t))
+    state = start_from(tickets[-1], copy(first))
+    assert int(state.step) == 0
+    assert_same_bits(state.params, tickets[-1].params)
+    assert_same_bits(get_masks(state.opt_state), tickets[-1].masks)
+    masks, after = host(tickets[-1].masks), host(fit(state, 4))
+    for name in KERNELS:
+        assert not after.params[name][~masks[name]].any()
+    # The ticket is not used up.
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(tickets))
+
+
+def test_random_pruning_is_the_control(dense_run):
+    first, fit, _ = dense_run
+    masks = []
+    for seed in (0, 0, 1):
+        state = copy(first)._replace(key=jax.random.key(seed))
+        found = find_ticket(fit, state, 4, 1, [0.5, 0.75], score=scores.random)
+        masks.append(host(get_masks(found.opt_state)))
+        live = sum(masks[-1][name].sum() for name in KERNELS)
+        assert live == round(0.25 * (96 + 60))
+    assert_same_bits(masks[0], masks[1])
+    assert (masks[0]["first"] != masks[2]["first"]).any()
+
+
+def test_an_unknown_rewinding_is_refused(dense_run):
+    first, fit, _ = dense_run
+    with pytest.raises(ValueError, match="'weights' or 'learning_rate', got 'both'"):
+        find_ticket(fit, copy(first), 5, 2, [0.5], rewinding="both")

@@ -13,8 +13,10 @@ from scipy import stats
 from sklearn.isotonic import IsotonicRegression
 
 from d2sparse import plots
+from d2sparse.plots.labels import spread
 
 STEPS = (0, 50, 100, 150, 200)
+SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
 def measure(method, value, seeds=3):
@@ -32,6 +34,15 @@ def row(method, accuracy, macs, error=0.01):
         "accuracy": accuracy,
         "standard_error": error,
         "relative_macs": macs,
+    }
+
+
+def sparse_row(method, sparsity, accuracy=0.9, deviation=0.01):
+    return {
+        "method": method,
+        "sparsity": sparsity,
+        "accuracy": accuracy,
+        "deviation": deviation,
     }
 
 
@@ -143,12 +154,12 @@ def test_names_move_apart_as_little_as_possible():
     rng = np.random.default_rng(0)
     for n in (1, 2, 7):
         heights = rng.uniform(0.4, 0.6, size=n)
-        spread = plots._spread(heights, 0.07)
+        moved = spread(heights, 0.07)
         order, gaps = np.argsort(heights), 0.07 * np.arange(n)
         fitted = IsotonicRegression().fit_transform(range(n), heights[order] - gaps)
-        np.testing.assert_allclose(spread[order], fitted + gaps)
-    np.testing.assert_allclose(plots._spread([0.9, 0.1], 0.07), [0.9, 0.1])
-    np.testing.assert_allclose(plots._spread([1, 1, 0, 0], 0.1), [0.9, 1, 0, 0.1])
+        np.testing.assert_allclose(moved[order], fitted + gaps)
+    np.testing.assert_allclose(spread([0.9, 0.1], 0.07), [0.9, 0.1])
+    np.testing.assert_allclose(spread([1, 1, 0, 0], 0.1), [0.9, 1, 0, 0.1])
 
 
 # Accuracy against cost
@@ -197,6 +208,183 @@ def test_names_of_points_overlap_neither_each_other_nor_the_points(seed):
     )
     assert not any(box.contains(*point) for box in boxes.values() for point in points)
     assert all(axes.bbox.contains(box.x0, box.y0) for box in boxes.values())
+
+
+def test_a_covered_point_is_a_ring_around_those_that_cover_it():
+    rows = [row("set", 0.9, 0.3), row("rigl", 0.9, 0.3), row("static", 0.9, 0.3)]
+    figure = plots.accuracy_against_cost([*rows, row("dense", 0.92, 1.0)])
+    points = figure.axes[0].containers
+    sizes = [point.lines[0].get_markersize() for point in points]
+    assert sizes[0] > sizes[1] + 2 > sizes[2] + 4
+    assert sizes[2] == sizes[3]
+    widths = [point.lines[2][0].get_linewidth()[0] for point in points]
+    assert widths[0] > widths[1] + 2 > widths[2] + 4
+    places = [point.lines[0].get_xydata()[0].tolist() for point in points[:3]]
+    assert places == [[0.3, 0.9]] * 3
+
+
+def test_lines_lead_to_points_that_are_close_from_names_that_hide_nothing():
+    rows = [row(f"method {i}", 0.9, 0.3) for i in range(4)]
+    rows += [row("close", 0.9, 0.301), row("dense", 0.92, 1.0)]
+    (axes,) = plots.accuracy_against_cost(rows).axes
+    boxes = names(axes)
+    circles = [point.lines[0].get_window_extent() for point in axes.containers]
+    assert overlapping(boxes.values()) == []
+    assert not any(b.overlaps(c) for b in boxes.values() for c in circles)
+    leaders = [text.arrow_patch for text in axes.texts if not text.get_text()]
+    colours = [point.lines[0].get_color() for point in axes.containers]
+    drawn = [to_hex(leader.get_edgecolor()) for leader in leaders]
+    assert drawn == [to_hex(colour) for colour in colours[:5]]
+
+
+# Accuracy against sparsity
+
+
+def test_a_line_goes_through_its_sparsities_in_rising_order():
+    rng = np.random.default_rng(0)
+    accuracies, deviations = rng.uniform(0.1, 0.9, size=(2, len(SPARSITIES)))
+    columns = zip(SPARSITIES, accuracies, deviations, strict=True)
+    rows = [sparse_row("rigl", *numbers) for numbers in columns]
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    (axes,) = plots.accuracy_against_sparsity(rows, "validation accuracy").axes
+    (line,) = axes.get_lines()
+    assert line.get_label() == "rigl"
+    np.testing.assert_allclose(line.get_xdata(), 1 - np.array(SPARSITIES))
+    np.testing.assert_allclose(line.get_ydata(), accuracies)
+    (bars,) = axes.collections
+    ends = np.array(bars.get_segments())[:, :, 1]
+    expected = np.stack([accuracies - deviations, accuracies + deviations], axis=1)
+    np.testing.assert_allclose(ends, expected)
+    low, high = axes.get_ylim()
+    assert low < expected.min() < expected.max() < high
+    assert axes.get_ylabel() == "validation accuracy"
+
+
+def test_every_sparsity_is_a_tick_on_a_log_scale_of_density():
+    rows = [sparse_row("set", s) for s in SPARSITIES[::2]]
+    rows += [sparse_row("rigl", s) for s in SPARSITIES[1::2]]
+    rows += [sparse_row("static", float(np.float32(0.9)))]
+    figure = plots.accuracy_against_sparsity(rows)
+    (axes,) = figure.axes
+    ticks = [label.get_text() for label in axes.get_xticklabels()]
+    assert ticks == ["50%", "80%", "90%", "95%", "98%", "99%"]
+    np.testing.assert_allclose(axes.get_xticks(), 1 - np.array(SPARSITIES), rtol=1e-6)
+    figure.draw_without_rendering()
+    x = [axes.transData.transform((1 - s, 0.9))[0] for s in (0.8, 0.9, 0.95)]
+    assert x[2] - x[1] == pytest.approx(x[1] - x[0])
+    assert x[1] > x[0]
+
+
+@pytest.mark.parametrize("sparsities", [SPARSITIES, (0.9,), (0.98, 0.99, 0.991)])
+@pytest.mark.parametrize("methods", [1, 2, 8])
+def test_error_bars_stand_beside_each_other_and_near_their_sparsity(
+    methods, sparsities
+):
+    rows = [sparse_row(f"m{i}", s) for i in range(methods) for s in sparsities]
+    figure = plots.accuracy_against_sparsity(rows)
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    x = np.array(
+        [axes.transData.transform(line.get_xydata())[:, 0] for line in axes.get_lines()]
+    )
+    ticks = np.array([(1 - s, 0.9) for s in sparsities])
+    places = axes.transData.transform(ticks)[:, 0]
+    np.testing.assert_allclose(x.mean(axis=0), places)
+    # A bar is 1.2 points wide.
+    apart = np.diff(x, axis=0) * 72 / figure.dpi
+    assert (apart > 1.5).all()
+    assert (apart < 6).all()
+    nearest = np.abs(x[:, :, None] - places).argmin(axis=-1)
+    assert (nearest == np.arange(len(sparsities))).all()
+    assert axes.bbox.x0 < x.min()
+    assert x.max() < axes.bbox.x1
+    segments = np.array([bars.get_segments() for bars in axes.collections])
+    points = np.array([line.get_xdata() for line in axes.get_lines()])
+    np.testing.assert_allclose(segments[:, :, 0, 0], points)
+
+
+@pytest.mark.parametrize("sparsities", [SPARSITIES, (0.9,)])
+@pytest.mark.parametrize("methods", [1, 2, 8])
+def test_names_of_methods_that_meet_neither_overlap_nor_are_cut(methods, sparsities):
+    rows = [
+        sparse_row(f"sparse momentum {i}", s, 0.9 - i / 1e4 - s / 10)
+        for i in range(methods)
+        for s in sparsities
+    ]
+    dense = sparse_row("dense", None, 0.9 - max(sparsities) / 10 + 0.001)
+    figure = plots.accuracy_against_sparsity(rows, reference=dense)
+    (axes,) = figure.axes
+    boxes = names(axes)
+    downward = sorted(boxes, key=lambda name: -boxes[name].y0)
+    assert downward == ["dense", *dict.fromkeys(row["method"] for row in rows)]
+    assert all(box.x0 > axes.bbox.x1 for box in boxes.values())
+    ticks = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert overlapping([*boxes.values(), *ticks]) == []
+    extent = axes.get_tightbbox()
+    assert all(figure.bbox.contains(*corner) for corner in extent.corners())
+
+
+def test_names_of_crowded_ticks_are_left_out_but_not_the_ticks():
+    sparsities = [1 - 0.8**i for i in range(1, 25)]
+    figure = plots.accuracy_against_sparsity([sparse_row("lth", s) for s in sparsities])
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    assert len(axes.get_xticks()) == 24
+    shown = [label for label in axes.get_xticklabels() if label.get_visible()]
+    assert 6 < len(shown) < 24
+    assert overlapping([label.get_window_extent() for label in shown]) == []
+
+
+def test_the_reference_is_a_level_in_a_band_across_the_figure():
+    dense = {"method": "dense", "accuracy": 0.93, "deviation": 0.02}
+    rows = [sparse_row("rigl", s) for s in SPARSITIES]
+    (axes,) = plots.accuracy_against_sparsity(rows, reference=dense).axes
+    _, level = axes.get_lines()
+    assert level.get_xdata().tolist() == list(axes.get_xlim())
+    assert set(level.get_ydata()) == {0.93}
+    _, band = axes.collections
+    corners = band.get_paths()[0].vertices
+    np.testing.assert_allclose(np.unique(corners[:, 1]), [0.91, 0.95])
+    assert {corners[:, 0].min(), corners[:, 0].max()} == set(axes.get_xlim())
+    assert list(names(axes)) == ["rigl", "dense"]
+    assert axes.get_ylim()[1] > 0.95
+
+
+def test_one_seed_and_diverged_methods_can_be_drawn_against_sparsity():
+    rows = [sparse_row("one seed", s, deviation=math.nan) for s in SPARSITIES]
+    rows += [
+        sparse_row("diverges", s, 0.9 if s < 0.9 else math.nan) for s in SPARSITIES
+    ]
+    rows += [sparse_row("diverged", 0.9, math.nan, math.nan)]
+    dense = {"method": "dense", "accuracy": 0.93, "deviation": math.nan}
+    figure = plots.accuracy_against_sparsity(rows, reference=dense)
+    (axes,) = figure.axes
+    assert list(names(axes)) == ["one seed", "diverges", "dense"]
+    first, *_ = axes.collections
+    assert not any(len(segment) for segment in first.get_segments())
+    assert rendered(figure).startswith(b"\x89PNG")
+
+
+def test_colours_of_methods_do_not_depend_on_the_kind_of_figure():
+    methods = [f"method {i}" for i in range(10)]
+    rows = [sparse_row(method, s) for s in SPARSITIES for method in methods]
+    (sparse,) = plots.accuracy_against_sparsity(rows).axes
+    (costs,) = plots.accuracy_against_cost([row(m, 0.5, 1) for m in methods]).axes
+    lines = [to_hex(line.get_color()) for line in sparse.get_lines()]
+    assert lines == [to_hex(bar.lines[0].get_color()) for bar in costs.containers]
+    bars = [to_hex(bar.get_color()[0]) for bar in sparse.collections]
+    assert lines == bars
+    looks = {(line.get_color(), line.get_linestyle()) for line in sparse.get_lines()}
+    assert len(looks) == len(methods)
+
+
+def test_against_sparsity_there_must_be_rows_with_sparsities():
+    with pytest.raises(ValueError, match="expected at least one row"):
+        plots.accuracy_against_sparsity([])
+    for sparsity in (1.0, -0.1, math.nan):
+        rows = [sparse_row("set", 0.5), sparse_row("rigl", sparsity)]
+        with pytest.raises(ValueError, match=r"expected a sparsity in \[0, 1\)"):
+            plots.accuracy_against_sparsity(rows)
 
 
 # Masks

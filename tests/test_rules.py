@@ -22,6 +22,11 @@ RULES = {
     "gradual": rules.gradual(schedules.cubic(0.6, 10)),
     "set": rules.set_(0.6),
     "rigl": rules.rigl(0.6),
+    "sparse_momentum": rules.sparse_momentum(0.6),
+    "granet": rules.granet(schedules.cubic(0.6, 10, start=0.3)),
+    "movement": rules.movement(schedules.cubic(0.6, 10)),
+    "largest": rules.largest(0.6),
+    "ac_dc": rules.ac_dc(0.6, schedules.alternating(3, stop=9)),
 }
 
 
@@ -70,7 +75,9 @@ def test_a_tree_without_prunable_leaf_is_refused(name):
         RULES[name].init({"bias": jnp.zeros(3)}, KEY)
 
 
-@pytest.mark.parametrize("rule", [rules.static, rules.one_shot, rules.set_, rules.rigl])
+@pytest.mark.parametrize(
+    "rule", [rules.static, rules.one_shot, rules.set_, rules.rigl, rules.largest]
+)
 @pytest.mark.parametrize("sparsity", [1.0, -0.5, 90])
 def test_sparsities_outside_of_0_to_1_are_refused(rule, sparsity):
     with pytest.raises(ValueError, match=r"sparsity in \[0, 1\)"):
@@ -215,7 +222,7 @@ def one_leaf(live, weight, grad):
     """A refresh of a row of six weights, half of the three live ones falling."""
     rule = rules.rigl(0.5, drop_fraction=0.67)
     rows = [{"w": jnp.array([row])} for row in (live, weight, grad)]
-    return rule.update(*rows, 0, KEY)["w"][0].tolist()
+    return jit(rule.update)(*rows, 0, KEY)["w"][0].tolist()
 
 
 LIVE = [True, True, True, False, False, False]
@@ -239,6 +246,29 @@ def test_numbers_that_are_not_finite_keep_the_density():
     ]
     for weight, grad in [(nan, nan), (inf, inf), (nan, inf), (0.0, nan), (-inf, -inf)]:
         assert sum(one_leaf(LIVE, [weight] * 6, [grad] * 6)) == 3
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if n not in {"static", "movement"}])
+def test_nan_is_refused_outside_of_compiled_functions_and_the_leaf_named(name):
+    params, rule = normals(0), RULES[name]
+    begin = rule.init(params, KEY)
+    broken = tree.map_with_path(
+        lambda path, x: x * (math.nan if path == "head/kernel" else 1.0), params
+    )
+    with pytest.raises(ValueError, match="without NaN, got NaN at 'head/kernel'"):
+        rule.update(begin, broken, params, 9, KEY)
+
+
+@pytest.mark.parametrize("rule", [rules.rigl(0.6), rules.movement(lambda step: 0.6)])
+def test_a_gradient_of_nan_is_refused_where_it_is_looked_at(rule):
+    params = normals(0)
+    nan = jax.tree.map(lambda x: x * math.nan, params)
+    with pytest.raises(ValueError, match="without NaN, got NaN at 'conv/kernel'"):
+        rule.update(rule.init(params, KEY), params, nan, 9, KEY)
+    biases = tree.map_with_path(
+        lambda path, x: x * (1.0 if "kernel" in path else math.nan), params
+    )
+    rule.update(rule.init(params, KEY), params, biases, 9, KEY)
 
 
 def grown_where(rule, grads):
@@ -377,7 +407,7 @@ def test_a_pruned_weight_never_comes_back(distribution):
 
 def test_a_refresh_at_the_same_sparsity_changes_nothing():
     rule = rules.one_shot(0.5)
-    update = rule.update
+    update = jit(rule.update)
     once = update(rule.init(normals(0), KEY), normals(0), normals(0), 0, KEY)
     zeros = jax.tree.map(np.zeros_like, normals(0))
     nans = jax.tree.map(lambda zero: zero / 1.0 + math.nan, zeros)
@@ -456,3 +486,152 @@ def test_sharded_parameters_get_the_same_masks_and_are_not_gathered():
     assert_same(compiled(*sharded), both(params, grads))
     for gathering in ("all-gather", "all-to-all", "collective-permute"):
         assert gathering not in compiled.as_text()
+
+
+# Rules that are made of others.
+
+
+def test_pruning_in_iterations_takes_the_score_of_what_is_left():
+    # A weight counts with its row: a row of many small ones leads until they are gone.
+    def with_row(params, grads, key):
+        row = jnp.sum(jnp.abs(params["w"]), axis=1)
+        return {"w": jnp.abs(params["w"]) * row[:, None]}
+
+    weights = np.array([[8.0, 14, 8.5, 6.5], [9.5, 14, 1, 8]], np.float32)
+    expected = weights.copy()
+    for kept in (6, 4, 3, 2):  # 8 * 0.25^(i / 4), rounded
+        score = np.abs(expected) * np.abs(expected).sum(1)[:, None]
+        expected[score < np.sort(score.ravel())[-kept]] = 0
+    begin, params = {"w": jnp.ones((2, 4), bool)}, {"w": weights}
+    got = rules.one_shot(0.75, with_row, iterations=4).update(
+        begin, params, None, 0, KEY
+    )
+    np.testing.assert_array_equal(got["w"], expected != 0)
+    at_once = rules.one_shot(0.75, with_row).update(begin, params, None, 0, KEY)
+    assert (at_once["w"] != got["w"]).any()
+
+
+def test_iterations_meet_the_count_and_leave_what_is_pruned():
+    rule, params = rules.one_shot(0.6, iterations=7), normals(3)
+    once = rules.one_shot(0.6)
+    begin = rule.init(params, KEY)
+    assert_same(
+        jit(rule.update)(begin, params, None, 0, KEY),
+        once.update(begin, params, None, 0, KEY),
+    )
+    half = jax.tree.map(lambda m, w: m & (w > 0), begin, params)
+    after = rule.update(half, params, None, 0, KEY)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a & ~b, False), after, half)
+    with pytest.raises(ValueError, match="at least 1 iteration, got 0"):
+        rules.one_shot(0.6, iterations=0)
+
+
+def test_the_largest_are_chosen_from_all_weights_and_may_come_back():
+    rule, first, later = rules.largest(0.6), normals(4), normals(5)
+    masks_then = rule.init(first, KEY)
+    assert_same(
+        masks_then,
+        rules.one_shot(0.6).update(masks.dense_masks(first), first, None, 0, KEY),
+    )
+    now = rule.update(masks_then, later, None, 1, KEY)
+    assert_same(now, rule.init(later, KEY))
+    assert any(
+        (a & ~b).any()
+        for a, b in zip(jax.tree.leaves(now), jax.tree.leaves(masks_then), strict=True)
+    )
+
+
+def test_ac_dc_is_sparse_and_dense_by_turns():
+    rule = rules.ac_dc(0.6, schedules.alternating(10, stop=50, begin=20))
+    masks_now, live = rule.init(normals(0), KEY), {}
+    for step in range(0, 80, 10):
+        params = normals(step)
+        masks_now = jit(rule.update)(masks_now, params, None, step, KEY)
+        live[step] = sum(live_counts(masks_now).values())
+        if live[step] < 112:
+            assert_same(masks_now, rules.largest(0.6).init(params, KEY))
+    sparse = round(0.4 * 112)
+    assert live == {0: 112, 10: 112, 30: 112} | dict.fromkeys(
+        (20, 40, 50, 60, 70), sparse
+    )
+
+
+def test_granet_prunes_over_all_leaves_and_moves_in_every_one():
+    schedule = schedules.cubic(0.8, 10, start=0.5)
+    rule, key = rules.granet(schedule, drop_fraction=0.5), jax.random.key(3)
+    begin = rule.init(normals(0), KEY)
+    assert live_counts(begin) == {
+        path: int(n) for path, n in erk(tree.shapes(normals(0)), 0.5).items()
+    }
+    params = jax.tree.map(np.multiply, normals(0), begin)
+    grads = normals(1)
+    pruned = rules.gradual(schedule).update(begin, params, grads, 5, key)
+    moved = rules.rigl(0.0, 0.5).update(pruned, params, grads, 5, key)
+    got = jit(rule.update)(begin, params, grads, 5, key)
+    assert_same(got, moved)
+    assert live_counts(got) == live_counts(pruned)
+    assert sum(live_counts(got).values()) == round(112 * (1 - float(schedule(5))))
+    assert any(
+        (a & ~b).any()
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(begin), strict=True)
+    )
+
+
+@pytest.mark.parametrize("rule", [rules.granet, rules.movement])
+def test_schedules_are_asked_for(rule):
+    with pytest.raises(ValueError, match="expected a schedule"):
+        rule(0.9)
+
+
+PATTERNS = {"n_of_m": masks.n_of_m(4, axis=-1), "channels": masks.channels()}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    "name", ["static", "one_shot", "gradual", "set", "rigl", "granet"]
+)
+def test_rules_keep_the_pattern_they_are_given(name, pattern):
+    shapes = {"a": (8, 16), "b": (16, 8)}
+    chosen = {"selection": PATTERNS[pattern], "distribution": uniform}
+    rule = {
+        "static": lambda: rules.static(0.5, **chosen),
+        "one_shot": lambda: rules.one_shot(0.5, **chosen),
+        "gradual": lambda: rules.gradual(lambda step: 0.5, **chosen),
+        "set": lambda: rules.set_(0.5, 0.5, **chosen),
+        "rigl": lambda: rules.rigl(0.5, 0.5, **chosen),
+        "granet": lambda: rules.granet(lambda step: 0.5, 0.5, **chosen),
+    }[name]()
+    params = normals(6, shapes)
+    masks_now = rule.init(params, KEY)
+    for step in range(1, 4):
+        key = jax.random.key(step)
+        masks_now = jit(rule.update)(
+            masks_now, params, normals(step, shapes), step, key
+        )
+        assert live_counts(masks_now) == {"a": 64, "b": 64}
+        for mask in masks_now.values():
+            if pattern == "channels":
+                assert (mask.all(0) | ~mask.any(0)).all()
+            else:
+                assert (mask.reshape(-1, 4).sum(1) == 2).all()
+
+
+def test_rules_that_would_empty_a_leaf_by_their_pattern_are_refused():
+    params = normals(0, {"a": (8, 16), "b": (16, 8)})
+    rule = rules.one_shot(0.9, distribution=uniform, selection=masks.n_of_m(4))
+    begin = rule.init(params, KEY)
+    with pytest.raises(ValueError, match=r"weights at 'a'.*weights at 'b'"):
+        jit(rule.update)(begin, params, None, 0, KEY)
+
+
+@pytest.mark.parametrize("score", scores.GRADIENT_SCORES)
+def test_scores_of_gradients_are_not_taken_without_them(score):
+    params = normals(0)
+    rule = rules.largest(0.5, score)
+    with pytest.raises(ValueError, match=f"'{score.__name__}' needs gradients"):
+        rule.init(params, KEY)
+
+
+def test_pruning_takes_a_whole_number_of_iterations():
+    with pytest.raises(ValueError, match=r"at least 1 iteration, got 2\.5"):
+        rules.one_shot(0.5, iterations=2.5)

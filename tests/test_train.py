@@ -13,7 +13,7 @@ from d2sparse import train
 from d2sparse.data import Split, load
 from d2sparse.masks import apply_masks, dense_masks
 from d2sparse.models import Model, from_linen, layers
-from d2sparse.rules import MaskRule, fixed
+from d2sparse.rules import MaskRule, fixed, rigl
 from d2sparse.schedules import at, every
 from d2sparse.transforms import get_masks, sparsify
 from d2sparse.tree import flatten
@@ -455,6 +455,26 @@ def test_the_rule_sees_the_gradient_of_the_growth_batch(data, growth_samples):
             grads,
             expected[int(number)],
         )
+
+
+def test_a_nan_at_a_refresh_ends_the_run_and_names_the_leaf(data):
+    model = restless()
+    sane = train.make_loss(model)
+
+    def loss(params, model_state, batch, key):
+        # The gradient of the growth batch, which is the larger one, is NaN.
+        value, aux = sane(params, model_state, batch, key)
+        first = jax.tree.leaves(params)[0]
+        broken = jnp.sum(jnp.sqrt(first - first)) if len(batch.labels) > BATCH else 0.0
+        return value + broken, aux
+
+    tx = sparsify(optax.sgd(0.1), rigl(0.5), at([4]))
+    state = train.init_state(model, tx, data, jax.random.key(0))
+    run = train.make_runner(train.make_train_step(loss, tx, growth_samples=SIZE))
+    state = train.fit(run, state, data, steps=4, batch_size=BATCH)
+    leaf = next(iter(flatten(state.params)))
+    with pytest.raises(ValueError, match=rf"got NaN in \['{leaf}'\]"):
+        train.fit(run, state, data, steps=6, batch_size=BATCH)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 512])

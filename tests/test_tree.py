@@ -122,3 +122,16 @@ def test_states_of_flax_nnx_are_trees_too():
     doubled = tree.replace(state, {path: 2 * tree.flatten(state)[path]})
     np.testing.assert_array_equal(doubled["kernel"][...], 2 * state["kernel"][...])
     np.testing.assert_array_equal(doubled["bias"][...], state["bias"][...])
+
+
+def test_leaves_of_one_path_are_refused():
+    with pytest.raises(ValueError, match=r"got \['a/b/c'\] more than once; rename"):
+        tree.flatten({"a": {"b/c": 1}, "a/b": {"c": 2}, "d": 3})
+
+
+def test_the_value_of_a_variable_is_named_as_the_variable():
+    class Variable(NamedTuple):
+        value: int
+
+    assert list(tree.flatten({"kernel": Variable(1)})) == ["kernel"]
+    assert list(tree.flatten(Variable(1))) == ["value"]

@@ -15,16 +15,21 @@ from d2sparse.masks.algebra import (
     is_gap,
     sparsity,
 )
-from d2sparse.masks.selection import select, top_k
+from d2sparse.masks.patterns import blocks, channels, n_of_m
+from d2sparse.masks.selection import Selection, select, top_k
 
 __all__ = [
+    "Selection",
     "apply_masks",
+    "blocks",
+    "channels",
     "copy_masks",
     "count",
     "count_live",
     "dense_masks",
     "density",
     "is_gap",
+    "n_of_m",
     "select",
     "sparsity",
     "top_k",

@@ -1,5 +1,6 @@
 """Mask algebra: apply, copy, count."""
 
+import math
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from d2sparse import tree
-from d2sparse.masks.layout import pieces
+from d2sparse.masks.layout import may_be_cut
 from d2sparse.tree import Prunable, PyTree, is_kernel
 
 
@@ -101,9 +102,10 @@ def count_live(mask: jax.Array) -> jax.Array:
     >>> int(count_live(jnp.eye(3, dtype=bool)))
     3
     """
-    rows = mask.reshape(pieces(mask.size, 1 << 12), -1)
-    if len(rows) == 1:
+    pieces = math.gcd(mask.size, 1 << (mask.size >> 12).bit_length())
+    if not may_be_cut() or pieces == 1:
         return jnp.sum(mask, dtype=jnp.int32)
+    rows = mask.reshape(pieces, -1)
     # A plain sum writes the mask out as integers first.
     sums = jax.lax.fori_loop(
         0, len(rows), lambda i, acc: acc + rows[i], jnp.zeros(rows.shape[1], jnp.int32)

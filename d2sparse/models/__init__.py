@@ -47,6 +47,7 @@ _BUILDERS: dict[str, Callable[..., Model]] = {
     "resnet8": resnet8,
     "resnet8s": functools.partial(resnet8, stem_stride=2),
     "resnet20": resnet20,
+    "resnet20s": functools.partial(resnet20, stem_stride=2),
     "resnet32": resnet32,
     "resnet18": resnet18,
     "resnet34": resnet34,
@@ -60,8 +61,9 @@ def make_model(name: str, num_classes: int, width: float | None = None) -> Model
     """Builds a model from the name and the numbers of an experiment's flags.
 
     Args:
-      name: name of a builder of this package, or `"resnet8s"`, which is `resnet8`
-        with a stem of stride 2. ResNet-18, -34 and -50 have the CIFAR stem.
+      name: name of a builder of this package, or `"resnet8s"` and `"resnet20s"`,
+        which are `resnet8` and `resnet20` with a stem of stride 2. ResNet-18, -34
+        and -50 have the CIFAR stem.
       num_classes: number of logits.
       width: for `lenet_300_100` and `lenet5` a multiplier of the hidden sizes
         (default 1); for all others the channels of the first layer, a whole number

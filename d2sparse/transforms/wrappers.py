@@ -1,36 +1,18 @@
-"""Sparse training for any Optax optimiser.
-
-`sparsify` lifts a mask rule into an `optax.GradientTransformation`. The masks live in
-the optimiser's state; nothing else in a training loop changes.
-"""
+"""Optax optimisers under masks."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from d2sparse.masks import apply_masks, copy_masks, is_gap
+from d2sparse import tree
+from d2sparse.masks import apply_masks, is_gap
 from d2sparse.rules import MaskRule
 from d2sparse.schedules import When, every
+from d2sparse.transforms.states import FreezeState, SparsifyState, check_refreshes
 from d2sparse.tree import PyTree
-
-
-class SparsifyState(NamedTuple):
-    """State of `sparsify`.
-
-    Attributes:
-      step: int32[], the number of updates so far.
-      key: the random key the rule draws from, never changed.
-      masks: tree of bool like the parameters.
-      inner: state of the inner optimiser.
-    """
-
-    step: jax.Array
-    key: jax.Array
-    masks: PyTree
-    inner: optax.OptState
 
 
 def sparsify(
@@ -47,14 +29,16 @@ def sparsify(
     `optax.apply_updates` pruned weights are exactly 0 and live ones have the bits the
     inner optimiser gives them (operation by operation: two programs that XLA fuses
     differently may round differently). A weight that grows starts from 0 with zero
-    moments.
+    moments. `chain(clip_by_global_norm(1), sparsify(inner, ...))` clips by the norm of
+    the dense gradient, with the clipping inside of `inner` by that of the live part.
 
     `update` takes two arguments of its own beside those it passes on to `inner`:
 
     * `refresh`: bool[], in place of `when(step)`. Under `jax.vmap` over runs pass it
       unbatched, or every run pays for a refresh at every step.
     * `growth_fn`: a function without arguments that returns gradients for the rule to
-      use at a refresh, such as those of a larger batch. It is called only then.
+      use at a refresh, such as those of a larger batch. It is called only then, and
+      never where the rule observes something else than the gradient.
 
     Args:
       inner: any Optax optimiser.
@@ -66,8 +50,13 @@ def sparsify(
       An Optax optimiser. It needs the parameters in `update`, and in an `optax.chain`
       it comes last.
 
+    Raises:
+      ValueError: in `update` outside of compiled functions, where a refresh meets a
+        NaN. Inside of them `check_refreshes` raises it from the state.
+
     >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
     >>> from d2sparse.rules import static
+    >>> from d2sparse.transforms import get_masks
     >>> tx = sparsify(optax.sgd(0.1), static(sparsity=0.75))
     >>> state = tx.init(params)
     >>> params = apply_masks(params, get_masks(state))
@@ -76,47 +65,105 @@ def sparsify(
     >>> int((params["kernel"] != 0).sum())
     4
     """
-    inner = optax.with_extra_args_support(inner)
-    when = every(100) if when is None else when
+    return _under_masks(inner, rule, when, key, SparsifyState)
 
-    def init(params: optax.Params) -> SparsifyState:
+
+def freeze(
+    inner: optax.GradientTransformation,
+    rule: MaskRule,
+    when: When | None = None,
+    key: jax.Array | int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Trains the live weights alone; the others are frozen at the value they have.
+
+    `sparsify` with one difference: where the mask is False nothing is changed, instead
+    of set to 0. It serves RISE, which freezes the weights that a lottery ticket would
+    lose (Tartaglione, ICIP 2022), and the backward set of Top-KAST (see `largest`).
+
+    Arguments, `update` and errors are those of `sparsify`.
+
+    >>> params = {"kernel": jnp.array([[1.0, 2.0]])}
+    >>> from d2sparse.rules import fixed
+    >>> tx = freeze(optax.sgd(0.5), fixed({"kernel": jnp.array([[True, False]])}))
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)["kernel"].tolist()
+    [[0.5, 2.0]]
+    """
+    return _under_masks(inner, rule, when, key, FreezeState)
+
+
+def _under_masks(
+    inner: optax.GradientTransformation,
+    rule: MaskRule,
+    when: When | None,
+    key: jax.Array | int,
+    state_type: type[Any],
+) -> optax.GradientTransformationExtraArgs:
+    """`sparsify` or `freeze`, by the type of the state."""
+    inner = optax.with_extra_args_support(inner)
+    observe = rule.observe or optax.identity()
+    when = every(100) if when is None else when
+    freezes = state_type is FreezeState
+
+    def init(params: optax.Params) -> Any:
         # A copy: the state may be donated, and the caller's key with it.
         root = jnp.copy(_as_key(key))
         # The reserved number keeps the first mask apart from every refresh.
         masks = rule.init(params, jax.random.fold_in(root, 0xFFFFFFFF))
-        live = apply_masks(params, masks)
-        return SparsifyState(jnp.zeros((), jnp.int32), root, masks, inner.init(live))
+        # Where the parameters are, if they are sharded.
+        masks = jax.tree.map(_placed_as, masks, params)
+        begin = params if freezes else apply_masks(params, masks)
+        return state_type(
+            step=jnp.zeros((), jnp.int32),
+            key=root,
+            masks=masks,
+            inner=inner.init(begin),
+            observed=observe.init(begin),
+            nan=jnp.zeros(len(jax.tree.leaves(params)), bool),
+        )
 
     def update(
         updates: optax.Updates,
-        state: SparsifyState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         refresh: jax.Array | bool | None = None,
         growth_fn: Callable[[], PyTree] | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, SparsifyState]:
+    ) -> tuple[optax.Updates, Any]:
         if params is None:
+            name = "freeze" if freezes else "sparsify"
             raise ValueError(
-                "sparsify needs the parameters: call `tx.update(grads, state, params)`"
+                f"{name} needs the parameters: call `tx.update(grads, state, params)`"
             )
+        seen, observed = observe.update(updates, state.observed, params)
 
         # Only masks pass through the branches: a cond around the optimiser would copy
         # its whole state.
-        def refreshed() -> PyTree:
-            grads = updates if growth_fn is None else growth_fn()
+        def refreshed() -> tuple[PyTree, jax.Array]:
+            if growth_fn is None or rule.observe is not None:
+                grads = seen
+            else:
+                grads = growth_fn()
             key = jax.random.fold_in(state.key, state.step)
-            return rule.update(state.masks, params, grads, state.step, key)
+            masks = rule.update(state.masks, params, grads, state.step, key)
+            # Growth gradients may be those of more leaves than this wrapper sees.
+            own = tree.pick(grads, tree.flatten(params))
+            return masks, state.nan | _has_nan(params) | _has_nan(list(own.values()))
 
         due = when(state.step) if refresh is None else refresh
-        masks = jax.lax.cond(due, refreshed, lambda: state.masks)
+        masks, nan = jax.lax.cond(due, refreshed, lambda: (state.masks, state.nan))
         moments = mask_moments(inner, state.inner, masks)
         changes, moments = inner.update(
             apply_masks(updates, masks), moments, params, **extra_args
         )
-        emitted = jax.tree.map(_change_or_removal, masks, changes, params)
+        emit = _change_or_nothing if freezes else _change_or_removal
+        emitted = jax.tree.map(emit, masks, changes, params)
         step = optax.safe_increment(state.step)
-        return emitted, SparsifyState(step, state.key, masks, moments)
+        state = state_type(step, state.key, masks, moments, observed, nan)
+        if not isinstance(nan, jax.core.Tracer):
+            check_refreshes(state)
+        return emitted, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -149,73 +196,8 @@ def mask_moments(
     return optax.tree.map_params(inner, masked, state, masks, is_leaf=is_gap)
 
 
-def get_masks(opt_state: optax.OptState) -> PyTree:
-    """The masks in an optimiser's state, however deep `sparsify` is nested in it.
-
-    Where several branches of `optax.partition` are sparse, their masks are merged; a
-    leaf that no branch masks holds `optax.MaskedNode`, which `apply_masks` passes over.
-
-    Args:
-      opt_state: state of an optimiser that holds one `sparsify`, or one per branch.
-
-    Returns:
-      Tree of bool like the parameters.
-
-    Raises:
-      ValueError: there is no `sparsify` in the state, or two mask the same leaf.
-
-    >>> from d2sparse.rules import static
-    >>> tx = optax.chain(optax.clip(1.0), sparsify(optax.sgd(0.1), static(0.5)))
-    >>> get_masks(tx.init({"kernel": jnp.ones((2, 2))}))["kernel"].shape
-    (2, 2)
-    """
-    found = [state.masks for state in sparse_states(opt_state)]
-    if not found:
-        raise ValueError(
-            "expected the state of an optimiser made by `sparsify`, got a state "
-            "without masks; was it made by the wrapped optimiser's `init`?"
-        )
-    masks, *others = found
-    for other in others:
-        masks = jax.tree.map(_either, masks, other, is_leaf=is_gap)
-    return masks
-
-
-def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
-    """The state with other masks: to start from a ticket or a pattern of your own.
-
-    Args:
-      opt_state: state of an optimiser that holds one `sparsify`.
-      masks: tree of bool like the parameters.
-
-    Raises:
-      ValueError: there is no `sparsify` in the state, or the masks do not fit.
-
-    >>> from d2sparse.rules import static
-    >>> tx = sparsify(optax.sgd(0.1), static(0.5))
-    >>> state = tx.init({"kernel": jnp.ones((2, 2))})
-    >>> state = set_masks(state, {"kernel": jnp.eye(2, dtype=bool)})
-    >>> get_masks(state)["kernel"].tolist()
-    [[True, False], [False, True]]
-    """
-    get_masks(opt_state)  # Complains where there are none.
-
-    def replaced(node: Any) -> Any:
-        if not _is_ours(node):
-            return node
-        return node._replace(masks=copy_masks(masks, node.masks))
-
-    return jax.tree.map(replaced, opt_state, is_leaf=_is_ours)
-
-
-def sparse_states(opt_state: optax.OptState) -> list[SparsifyState]:
-    """The states of every `sparsify` in an optimiser's state; none if it is dense.
-
-    >>> sparse_states(optax.sgd(0.1).init({"kernel": jnp.ones((2, 2))}))
-    []
-    """
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_ours)
-    return [node for node in nodes if _is_ours(node)]
+def _placed_as(mask: jax.Array, param: Any) -> jax.Array:
+    return mask & jnp.ones_like(param, bool)
 
 
 def _as_key(key: jax.Array | int) -> jax.Array:
@@ -224,8 +206,13 @@ def _as_key(key: jax.Array | int) -> jax.Array:
     return jax.random.key(key)
 
 
-def _is_ours(node: Any) -> bool:
-    return isinstance(node, SparsifyState)
+def _has_nan(leaves: PyTree) -> jax.Array:
+    """bool[leaves]. A maximum, since `any` writes its bools out first on a CPU."""
+    found = [
+        jnp.isnan(jnp.max(leaf)) if leaf.size else jnp.zeros((), bool)
+        for leaf in jax.tree.leaves(leaves)
+    ]
+    return jnp.stack(found) if found else jnp.zeros(0, bool)
 
 
 def _change_or_removal(
@@ -234,10 +221,8 @@ def _change_or_removal(
     return jnp.where(mask, change, -param)
 
 
-def _either(mask: Any, other: Any) -> Any:
-    if not is_gap(mask) and not is_gap(other):
-        raise ValueError(
-            "expected at most one `sparsify` for every leaf, got two; take the masks "
-            "of each network or optimiser from its own state"
-        )
-    return other if is_gap(mask) else mask
+def _change_or_nothing(
+    mask: jax.Array, change: jax.Array, param: jax.Array
+) -> jax.Array:
+    del param
+    return jnp.where(mask, change, jnp.zeros_like(change))

@@ -1,0 +1,113 @@
+"""Budgets of weights: how many are kept, and integers that sum to it exactly."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2sparse.tree import Count, Counts
+
+Shapes = Mapping[str, tuple[int, ...]]
+Sparsity = float | jax.Array
+Distribution = Callable[[Shapes, Sparsity], Counts]
+
+
+def check_sparsity(sparsity: Sparsity) -> Sparsity:
+    """The sparsity itself, if it is in [0, 1) or traced.
+
+    Raises:
+      ValueError: the sparsity is outside [0, 1).
+
+    >>> check_sparsity(0.9)
+    0.9
+    """
+    known = not isinstance(sparsity, jax.core.Tracer)
+    if known and not 0 <= float(sparsity) < 1:
+        raise ValueError(
+            f"expected a sparsity in [0, 1), the fraction of zeros, got {sparsity}; "
+            "a density d is the sparsity 1 - d"
+        )
+    return sparsity
+
+
+def array_module(sparsity: Sparsity) -> Any:
+    """`jax.numpy` for arrays of JAX, traced ones too; `numpy` for numbers.
+
+    >>> array_module(0.9).__name__
+    'numpy'
+    """
+    return jnp if isinstance(sparsity, jax.Array) else np
+
+
+def sizes(shapes: Shapes) -> np.ndarray:
+    """Numbers of weights, int[leaves].
+
+    >>> sizes({"a": (2, 5), "b": ()}).tolist()
+    [10, 1]
+    """
+    return np.array([math.prod(shape) for shape in shapes.values()], int)
+
+
+def keep(total: int, sparsity: Sparsity) -> Count:
+    """How many of `total` weights a sparsity keeps, rounded.
+
+    Raises:
+      ValueError: 2**31 weights or more, and the sparsity is an array of JAX.
+
+    >>> int(keep(100, 0.9))
+    10
+    """
+    xp = array_module(sparsity)
+    if xp is jnp and total >= 2**31:
+        raise ValueError(
+            "expected fewer than 2**31 weights for a sparsity that is traced, got "
+            f"{total}; pass the sparsity as a Python float"
+        )
+    return xp.round((1 - sparsity) * total).astype(int)
+
+
+def largest_remainder(ideal: Any, limits: np.ndarray, total: Any, xp: Any) -> Any:
+    """Integers that sum to the total, each the floor of its ideal or one more.
+
+    Args:
+      ideal: float[leaves], with the sum `total` up to rounding.
+      limits: int[leaves], the largest counts.
+      total: int, at most the sum of the limits.
+      xp: `jax.numpy`, or `numpy` where nothing is traced.
+
+    Returns:
+      int[leaves].
+
+    >>> largest_remainder(np.array([1.5, 1.7]), np.array([9, 9]), 3, np).tolist()
+    [1, 2]
+    """
+    counts = xp.minimum(xp.floor(ideal), limits).astype(int)
+    remainder = xp.where(counts < limits, ideal - counts, -1.0)
+    rank = xp.argsort(xp.argsort(-remainder, stable=True), stable=True)
+    counts = xp.minimum(counts + (rank < total - xp.sum(counts)), limits)
+    return hand_out(total - xp.sum(counts), counts, limits, xp).astype(int)
+
+
+def hand_out(change: Any, counts: Any, limits: Any, xp: Any = jnp) -> Any:
+    """Adds `change` to the counts, leaf after leaf, as far as the limits allow.
+
+    What rounding left over is handed out, or taken back where `change` is negative.
+
+    Args:
+      change: int, how much the sum of the counts is to change.
+      counts: int[leaves].
+      limits: int[leaves], the largest counts.
+      xp: `jax.numpy`, or `numpy` where nothing is traced.
+
+    Returns:
+      int[leaves], between 0 and the limits.
+
+    >>> hand_out(3, np.array([1, 0]), np.array([2, 9]), np).tolist()
+    [2, 2]
+    """
+    room = xp.where(change > 0, limits - counts, counts)
+    earlier = xp.cumsum(room) - room
+    return counts + xp.sign(change) * xp.clip(xp.abs(change) - earlier, 0, room)

@@ -1,0 +1,258 @@
+"""Patterns: selections of weights that only live or fall together.
+
+A pattern takes `(scores, counts, key)` as `select` does, so that a rule can be given
+either. Budgets stay in weights and are rounded to what the pattern can hold.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2sparse.masks.algebra import count_live
+from d2sparse.masks.layout import linear_index, ordered_bits, tie_order
+from d2sparse.masks.selection import Selection, select
+from d2sparse.tree import Count, Counts
+
+Shape = tuple[int, ...]
+
+_LOWEST = float(np.finfo(np.float32).min)
+
+
+def n_of_m(m: int, axis: int = -2) -> Selection:
+    """The n largest of every m neighbours along an axis: n:m sparsity.
+
+    In every leaf n is `count * m / size`, rounded half up: sparsity 0.5 and `m=4` are
+    2:4 under `uniform`, and other distributions make n differ between leaves. If one
+    number is given for all leaves, their counts are first taken from the unstructured
+    `select`. From Zhou et al. (arXiv 2102.04010).
+
+    Args:
+      m: number of neighbours in a group; every pair in a group is compared, so small.
+      axis: axis that groups lie along; -2 holds the inputs of a kernel.
+
+    Returns:
+      A selection. Ties go to the lower index, or to a random one by a key; NaN and
+      `-inf` are never kept, even if fewer than n are left. It raises a `ValueError`
+      where the axis of a leaf is not divisible by m, and where a known count rounds to
+      no weight at all.
+
+    Raises:
+      ValueError: m is not positive.
+
+    >>> scores = {"kernel": jnp.array([[1.0], [4.0], [3.0], [2.0]])}
+    >>> n_of_m(4)(scores, {"kernel": 2}, None)["kernel"][:, 0].tolist()
+    [False, True, True, False]
+    """
+    if m < 1:
+        raise ValueError(f"expected groups of at least 1 weight, got m={m}")
+
+    def selection(
+        scores: Mapping[str, jax.Array], counts: Counts, key: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        for path, score in scores.items():
+            if not _has_axis(score.shape, axis) or score.shape[axis] % m:
+                raise ValueError(
+                    f"n:m selection needs axis {axis} divisible by {m}, got shape "
+                    f"{score.shape} at {path!r}; choose another axis or leave this "
+                    "leaf dense with `prunable`"
+                )
+        count_key, key = (None, None) if key is None else jax.random.split(key)
+        if not isinstance(counts, Mapping):
+            together = select(scores, counts, count_key)
+            counts = {path: count_live(mask) for path, mask in together.items()}
+        steps = {path: score.size // m for path, score in scores.items()}
+        n = _whole(counts, steps, scores)
+        salts = [None] * len(n) if key is None else jax.random.bits(key, (len(n),))
+        return {
+            path: _n_largest(score, n[path], salt, m, axis)
+            for (path, score), salt in zip(scores.items(), salts, strict=True)
+        }
+
+    return selection
+
+
+def blocks(shape: tuple[int, int] = (32, 32)) -> Selection:
+    """Whole blocks of the last two axes, by the mean score of their entries.
+
+    Positions on other axes, as those inside a convolution kernel, have blocks of their
+    own. In every leaf `count / block size` blocks are kept, rounded half up. If one
+    number is given for all leaves, all blocks compete, until it is met or exceeded by a
+    part of a block.
+
+    Args:
+      shape: rows (inputs) and columns (outputs) of a block.
+
+    Returns:
+      A selection. A block of NaN and `-inf` alone is never kept; single ones count as a
+      score of 0 and are not kept with their block. Ties go to the lower index, or to a
+      random block by a key. It raises a `ValueError` where a leaf cannot be cut into
+      blocks, and where a known count rounds to no block at all.
+
+    Raises:
+      ValueError: a side of the block is not positive.
+
+    >>> scores = {"kernel": jnp.array([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 4.0]])}
+    >>> blocks((2, 2))(scores, {"kernel": 4}, None)["kernel"][0].tolist()
+    [False, False, True, True]
+    """
+    rows, columns = shape
+    if min(shape) < 1:
+        raise ValueError(f"expected blocks of at least 1 weight, got shape {shape}")
+
+    def block(path: str, leaf: Shape) -> Shape:
+        if len(leaf) < 2 or leaf[-2] % rows or leaf[-1] % columns:
+            raise ValueError(
+                f"block selection needs the last two axes divisible by {rows} and "
+                f"{columns}, got shape {leaf} at {path!r}; choose another shape of "
+                "blocks or leave this leaf dense with `prunable`"
+            )
+        return (1,) * (len(leaf) - 2) + (rows, columns)
+
+    return _cells(block)
+
+
+def channels(axis: int = -1) -> Selection:
+    """Whole channels, or neurons: all entries that share an index on an axis.
+
+    Scores, budgets, ties, NaN and `-inf` are treated as in `blocks`, a channel of a
+    leaf being its block. The biases and normalisations of a channel stay: they are
+    leaves of their own.
+
+    Args:
+      axis: axis of the channels; -1 holds the outputs of a kernel, -2 its inputs.
+
+    Returns:
+      A selection. It raises a `ValueError` where a leaf has no such axis, and where a
+      known count rounds to no channel at all.
+
+    >>> scores = {"kernel": jnp.array([[1.0, 2.0, 0.0], [0.0, 0.0, 4.0]])}
+    >>> channels()(scores, {"kernel": 4}, None)["kernel"].tolist()
+    [[False, True, True], [False, True, True]]
+    """
+
+    def channel(path: str, leaf: Shape) -> Shape:
+        if not _has_axis(leaf, axis):
+            raise ValueError(
+                f"channel selection needs axis {axis}, got shape {leaf} at {path!r}; "
+                "choose another axis or leave this leaf dense with `prunable`"
+            )
+        place = axis % len(leaf)
+        return (*leaf[:place], 1, *leaf[place + 1 :])
+
+    return _cells(channel)
+
+
+def _has_axis(shape: Shape, axis: int) -> bool:
+    return -len(shape) <= axis < len(shape)
+
+
+def _cells(cell_of: Callable[[str, Shape], Shape]) -> Selection:
+    """Whole cells: the boxes, equal in a leaf, that tile it."""
+
+    def selection(
+        scores: Mapping[str, jax.Array], counts: Counts, key: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        cells = {path: cell_of(path, score.shape) for path, score in scores.items()}
+        sizes = {path: math.prod(cell) for path, cell in cells.items()}
+        means = {path: _means(score, cells[path]) for path, score in scores.items()}
+        if isinstance(counts, Mapping):
+            kept = select(means, _whole(counts, sizes, scores), key)
+        else:
+            kept = select(means, counts, key, sizes)
+        return {p: _spread(kept[p], score, cells[p]) for p, score in scores.items()}
+
+    return selection
+
+
+def _whole(
+    counts: Mapping[str, Count],
+    steps: Mapping[str, int],
+    scores: Mapping[str, jax.Array],
+) -> dict[str, Count]:
+    """How many steps of weights every leaf keeps: the nearest number, half up.
+
+    Raises:
+      ValueError: a known count above 0 is rounded to 0, which would cut the network.
+    """
+    wanted = {path: _nearest(counts[path], step) for path, step in steps.items()}
+    lost = [
+        f"{counts[path]} weights at {path!r} (the fewest it can keep are {step}, "
+        f"sparsity {1 - step / scores[path].size:.4g})"
+        for path, step in steps.items()
+        if isinstance(counts[path], int | np.integer)
+        and wanted[path] == 0 < counts[path]
+    ]
+    if lost:
+        raise ValueError(
+            "expected counts that leave weights in every leaf once they are rounded to "
+            f"the pattern, got {', '.join(lost)}; lower the sparsity, choose another "
+            "pattern or distribution, or leave these leaves dense with `prunable`"
+        )
+    return wanted
+
+
+def _nearest(count: Count, step: int) -> Count:
+    # Not (count + step / 2) // step, which overflows for large leaves.
+    rest = count % step
+    return count // step + (rest >= step - rest)
+
+
+@functools.partial(jax.jit, static_argnames=("m", "axis"))
+def _n_largest(
+    score: jax.Array, n: Count, salt: jax.Array | None, m: int, axis: int
+) -> jax.Array:
+    """Mask of the n largest of every m neighbours, by counting who is ahead of whom."""
+    place, shape = axis % score.ndim, score.shape
+    groups = (*shape[:place], shape[place] // m, m, *shape[place + 1 :])
+    keys = ordered_bits(score).reshape(groups)
+    order = tie_order(linear_index(groups), salt)
+    ahead = jnp.zeros(groups, jnp.int32)
+    for i in range(m):
+        key = jax.lax.slice_in_dim(keys, i, i + 1, axis=place + 1)
+        tie = jax.lax.slice_in_dim(order, i, i + 1, axis=place + 1)
+        ahead += (key > keys) | ((key == keys) & (tie > order))
+    return ((ahead < n) & (keys > 0)).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnames="cell")
+def _means(score: jax.Array, cell: Shape) -> jax.Array:
+    """Mean scores of the cells, float32[cells]; `-inf` where no entry is eligible."""
+    sides = _sides(score.shape, cell)
+    axes = tuple(range(1, len(sides), 2))
+    score = _as_float(score).reshape(sides)
+    eligible = score > -jnp.inf
+    score = jnp.where(eligible, score, 0.0)
+    size, total = math.prod(cell), jnp.sum(score, axis=axes)
+    # The sum of scores as low as float32 goes overflows, the mean does not.
+    mean = jnp.where(
+        jnp.isfinite(total), total / size, jnp.sum(score / size, axis=axes)
+    )
+    mean = jnp.maximum(mean, _LOWEST)
+    return jnp.where(jnp.any(eligible, axis=axes), mean, -jnp.inf)
+
+
+@functools.partial(jax.jit, static_argnames="cell")
+def _spread(kept: jax.Array, score: jax.Array, cell: Shape) -> jax.Array:
+    """The mask of the entries from that of the cells; it revives none."""
+    sides = _sides(score.shape, cell)
+    wide = jnp.expand_dims(kept, tuple(range(1, len(sides), 2)))
+    live = _as_float(score) > -jnp.inf
+    return jnp.broadcast_to(wide, sides).reshape(score.shape) & live
+
+
+def _as_float(score: jax.Array) -> jax.Array:
+    """The scores as float32. Bools say only who is eligible."""
+    score = jnp.asarray(score)
+    if score.dtype == bool:
+        return jnp.where(score, jnp.float32(0.0), -jnp.inf)
+    return score.astype(jnp.float32)
+
+
+def _sides(shape: Shape, cell: Shape) -> Shape:
+    """The shape with every axis cut in two: the cells, and the entries of a cell."""
+    pairs = zip(shape, cell, strict=True)
+    return tuple(side for n, length in pairs for side in (n // length, length))

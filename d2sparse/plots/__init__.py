@@ -1,0 +1,47 @@
+"""Pictures of a run: records in, matplotlib figures out.
+
+Figures are made with matplotlib's object interface, so that nothing global changes:
+`figure.savefig("curves.png")` writes one, and a notebook shows one by naming it. The
+colours are those of Okabe and Ito, told apart by colour-blind readers.
+"""
+
+from d2sparse.plots.cost import accuracy_against_cost
+from d2sparse.plots.curves import Curve, learning_curves
+from d2sparse.plots.labels import DIRECTIONS, DISTANCES, LEADER
+from d2sparse.plots.masks import PARTS, WINDOW, mask_pair
+from d2sparse.plots.sparsity import accuracy_against_sparsity
+from d2sparse.plots.style import (
+    BLACK,
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    SKY,
+    STYLE,
+    VERMILLION,
+)
+
+__all__ = [
+    "BLACK",
+    "BLUE",
+    "COLOURS",
+    "DIRECTIONS",
+    "DISTANCES",
+    "GREEN",
+    "GREY",
+    "LEADER",
+    "ORANGE",
+    "PARTS",
+    "PINK",
+    "SKY",
+    "STYLE",
+    "VERMILLION",
+    "WINDOW",
+    "Curve",
+    "accuracy_against_cost",
+    "accuracy_against_sparsity",
+    "learning_curves",
+    "mask_pair",
+]

@@ -1,0 +1,36 @@
+"""Rules: what happens to the masks at a refresh.
+
+A rule is a few pure functions, free of an optimiser: usable in any loop, and lifted
+into Optax by `sparsify` or `freeze`. Each function here is one row of the product
+scores x distribution x selection x schedule x what happens at a refresh, with the name
+its paper gave it.
+
+    keep      fixed, static
+    prune     one_shot, gradual, movement; a pruned weight never comes back
+    choose    largest, ac_dc: of all weights anew, live or not
+    move      prune_and_grow, set_, rigl, sparse_momentum, granet
+
+A score that is NaN is a `ValueError` outside of compiled functions; inside of them it
+counts as the lowest, so that the density holds, and `sparsify` notes it in its state.
+"""
+
+from d2sparse.rules.base import MaskRule
+from d2sparse.rules.growing import granet, prune_and_grow, rigl, set_, sparse_momentum
+from d2sparse.rules.keeping import fixed, static
+from d2sparse.rules.pruning import ac_dc, gradual, largest, movement, one_shot
+
+__all__ = [
+    "MaskRule",
+    "ac_dc",
+    "fixed",
+    "gradual",
+    "granet",
+    "largest",
+    "movement",
+    "one_shot",
+    "prune_and_grow",
+    "rigl",
+    "set_",
+    "sparse_momentum",
+    "static",
+]

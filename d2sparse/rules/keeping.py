@@ -1,0 +1,69 @@
+"""Rules that keep the masks they begin with."""
+
+import jax
+
+from d2sparse import distributions, masks, scores, tree
+from d2sparse.distributions import Distribution, Sparsity
+from d2sparse.masks import Selection, copy_masks, dense_masks
+from d2sparse.rules.base import MaskRule
+from d2sparse.schedules import Step
+from d2sparse.tree import Prunable, PyTree, is_kernel
+
+
+def fixed(masks: PyTree) -> MaskRule:
+    """The given masks for the whole run: a ticket, a pattern, all of them dense.
+
+    Args:
+      masks: tree of bool with the structure of the parameters.
+
+    Raises:
+      ValueError: at `init`, where the masks do not fit the parameters.
+
+    >>> import jax.numpy as jnp
+    >>> rule = fixed({"w": jnp.array([True, False])})
+    >>> rule.init({"w": jnp.zeros(2)}, jax.random.key(0))["w"].tolist()
+    [True, False]
+    """
+
+    def init(params: PyTree, key: jax.Array) -> PyTree:
+        del key
+        return copy_masks(masks, params)
+
+    return MaskRule(init, _keep)
+
+
+def static(
+    sparsity: Sparsity,
+    distribution: Distribution = distributions.erk,
+    prunable: Prunable = is_kernel,
+    selection: Selection = masks.select,
+) -> MaskRule:
+    """A random pattern drawn at the start and kept: static sparse training.
+
+    Args:
+      sparsity: fraction of zeros among the prunable weights, in [0, 1); may be traced.
+      distribution: how the budget is shared between the leaves.
+      prunable: predicate on (path, leaf).
+      selection: which patterns may be live: `masks.select`, `masks.n_of_m(4)`, ...
+
+    >>> import jax.numpy as jnp
+    >>> rule = static(0.75)
+    >>> masks = rule.init({"kernel": jnp.ones((4, 4))}, jax.random.key(0))
+    >>> int(masks["kernel"].sum())
+    4
+    """
+    distributions.check_sparsity(sparsity)
+
+    def init(params: PyTree, key: jax.Array) -> PyTree:
+        counts = distribution(tree.shapes(params, prunable), sparsity)
+        ranks = scores.random(tree.prunable_leaves(params, prunable), None, key)
+        return tree.replace(dense_masks(params), selection(ranks, counts, None))
+
+    return MaskRule(init, _keep)
+
+
+def _keep(
+    masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
+) -> PyTree:
+    del params, grads, step, key
+    return masks

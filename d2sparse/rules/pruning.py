@@ -1,0 +1,301 @@
+"""Rules that keep the largest scores: of what is live, or of all weights."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from d2sparse import distributions, masks, scores, tree
+from d2sparse.distributions import Distribution, Sparsity
+from d2sparse.masks import Selection, apply_masks, count_live, dense_masks
+from d2sparse.rules.base import MaskRule, is_local, largest_scores
+from d2sparse.schedules import Schedule, Step, When
+from d2sparse.scores import Score
+from d2sparse.tree import Count, Prunable, PyTree, is_kernel
+
+
+def one_shot(
+    sparsity: Sparsity,
+    score: Score = scores.magnitude,
+    distribution: Distribution = distributions.global_,
+    prunable: Prunable = is_kernel,
+    selection: Selection = masks.select,
+    iterations: int = 1,
+) -> MaskRule:
+    """Dense until the first refresh, then pruned once to the given sparsity.
+
+    Give it to `sparsify` with `at([step])`. With `at([0])` it prunes at initialisation:
+    by `scores.saliency` on the gradient of the first batch, by `scores.snip`,
+    `scores.grasp` or `scores.fisher` on batches of your own, by `scores.synflow` on
+    none.
+
+    With several iterations the density falls in equal ratios, `(1 - sparsity)^(i / n)`
+    after iteration i of n, and the score is taken anew of the weights that are left.
+    SynFlow needs them, or whole layers fall (Tanaka et al., arXiv 2006.05467, with
+    100). A score of gradients sees the same gradients at each.
+
+    Args:
+      sparsity: fraction of zeros among the prunable weights, in [0, 1); may be traced.
+      score: which weights matter; the largest are kept.
+      distribution: how the budget is shared between the leaves.
+      prunable: predicate on (path, leaf).
+      selection: which patterns may be live.
+      iterations: prunings in one refresh, at least 1.
+
+    Raises:
+      ValueError: the sparsity or the number of iterations is out of its range.
+
+    >>> rule, key = one_shot(0.5), jax.random.key(0)
+    >>> params = {"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]])}
+    >>> masks = rule.update(rule.init(params, key), params, None, 0, key)
+    >>> masks["kernel"].tolist()
+    [[False, True], [True, False]]
+    """
+    distributions.check_sparsity(sparsity)
+    if iterations < 1 or iterations != int(iterations):
+        raise ValueError(f"expected at least 1 iteration, got {iterations}")
+    prune = _pruner(score, distribution, prunable, selection)
+    init = gradual(lambda step: sparsity, score, distribution, prunable).init
+
+    def update(
+        masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
+    ) -> PyTree:
+        del step
+
+        def pruned(masks: PyTree, sparsity: Sparsity) -> PyTree:
+            left = params if is_local(score) else apply_masks(params, masks)
+            return prune(masks, left, grads, sparsity, key)
+
+        def iteration(i: jax.Array, masks: PyTree) -> PyTree:
+            return pruned(masks, 1 - (1 - sparsity) ** (i / jnp.float32(iterations)))
+
+        if iterations > 1:
+            masks = jax.lax.fori_loop(1, iterations, iteration, masks)
+        return pruned(masks, sparsity)
+
+    return MaskRule(init, update)
+
+
+def gradual(
+    sparsity: Schedule,
+    score: Score = scores.magnitude,
+    distribution: Distribution = distributions.global_,
+    prunable: Prunable = is_kernel,
+    selection: Selection = masks.select,
+) -> MaskRule:
+    """Dense at first; at every refresh the lowest scores go, as a schedule says.
+
+    Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878) is
+    `gradual(cubic(0.9, steps))`. A pruned weight never comes back. The final sparsity
+    is reached at the first refresh after the schedule's end, so there must be one.
+
+    Args:
+      sparsity: step -> fraction of zeros among the prunable weights.
+      score: which weights matter; the largest are kept.
+      distribution: how the budget is shared between the leaves.
+      prunable: predicate on (path, leaf).
+      selection: which patterns may be live.
+
+    Raises:
+      ValueError: the sparsity is a number and not a schedule.
+
+    >>> from d2sparse.schedules import linear
+    >>> rule, key = gradual(linear(0.0, 0.5, 2)), jax.random.key(0)
+    >>> params = {"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]])}
+    >>> masks = rule.update(rule.init(params, key), params, None, 1, key)
+    >>> masks["kernel"].tolist()
+    [[False, True], [True, True]]
+    """
+    if not callable(sparsity):
+        raise ValueError(
+            f"expected a schedule, step -> sparsity, got {sparsity!r}; pass "
+            f"`cubic({sparsity!r}, steps)`, or use `one_shot({sparsity!r})`"
+        )
+
+    def init(params: PyTree, key: jax.Array) -> PyTree:
+        del key
+        tree.prunable_leaves(params, prunable)  # Complains where there is none.
+        return dense_masks(params)
+
+    prune = _pruner(score, distribution, prunable, selection)
+
+    def update(
+        masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
+    ) -> PyTree:
+        return prune(masks, params, grads, sparsity(step), key)
+
+    return MaskRule(init, update)
+
+
+def movement(
+    sparsity: Schedule,
+    distribution: Distribution = distributions.global_,
+    prunable: Prunable = is_kernel,
+    selection: Selection = masks.select,
+) -> MaskRule:
+    """Gradual pruning of the weights that training moved most towards zero.
+
+    The score is `-g * w`, summed over all steps so far, which costs one number for
+    every weight in the optimiser's state (Sanh et al., arXiv 2005.07683). Arguments as
+    in `gradual`.
+
+    >>> from d2sparse.schedules import cubic
+    >>> rule, key = movement(cubic(0.5, steps=1)), jax.random.key(0)
+    >>> params = {"kernel": jnp.array([[1.0, -4.0]])}
+    >>> summed = {"kernel": jnp.array([[0.5, -0.5]])}
+    >>> masks = rule.update(rule.init(params, key), params, summed, 1, key)
+    >>> masks["kernel"].tolist()
+    [[True, False]]
+    """
+    rule = gradual(sparsity, scores.observed, distribution, prunable, selection)
+    return rule._replace(observe=scores.movement())
+
+
+def largest(
+    sparsity: Sparsity,
+    score: Score = scores.magnitude,
+    distribution: Distribution = distributions.global_,
+    prunable: Prunable = is_kernel,
+    selection: Selection = masks.select,
+) -> MaskRule:
+    """The largest scores of all weights, live or not, from the start on.
+
+    For weights that keep their value where the mask is False. Under `freeze` it is the
+    backward set of Top-KAST (Jayakumar et al., arXiv 2106.03517), whose exploration
+    penalty is left out. The forward set, larger in sparsity, is a part of it if both
+    are chosen at every step:
+
+        tx = freeze(inner, largest(backward_sparsity), every(1))
+        forward = largest(forward_sparsity).update
+        loss(straight_through(params, forward(None, params, None, step, key)))
+
+    Args:
+      sparsity: fraction of zeros among the prunable weights, in [0, 1); may be traced.
+      score: which weights matter; it has no gradients at the start.
+      distribution: how the budget is shared between the leaves.
+      prunable: predicate on (path, leaf).
+      selection: which patterns may be live.
+
+    >>> rule, key = largest(0.5), jax.random.key(0)
+    >>> params = {"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]])}
+    >>> masks = rule.init(params, key)
+    >>> masks["kernel"].tolist()
+    [[False, True], [True, False]]
+    >>> params = {"kernel": jnp.array([[5.0, -4.0], [3.0, 2.0]])}
+    >>> rule.update(masks, params, None, 1, key)["kernel"].tolist()
+    [[True, True], [False, False]]
+    """
+    distributions.check_sparsity(sparsity)
+    prune = _pruner(score, distribution, prunable, selection)
+
+    def init(params: PyTree, key: jax.Array) -> PyTree:
+        return update(dense_masks(params), params, None, 0, key)
+
+    def update(
+        masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
+    ) -> PyTree:
+        del masks, step
+        return prune(dense_masks(params), params, grads, sparsity, key)
+
+    return MaskRule(init, update)
+
+
+def ac_dc(
+    sparsity: Sparsity,
+    compressed: When,
+    score: Score = scores.magnitude,
+    distribution: Distribution = distributions.global_,
+    prunable: Prunable = is_kernel,
+    selection: Selection = masks.select,
+) -> MaskRule:
+    """AC/DC: phases of sparse training take turns with phases of dense training.
+
+    A compressed phase begins with the largest magnitudes of all weights; in a
+    decompressed phase every weight is live, and what was pruned starts from 0 (Peste et
+    al., arXiv 2106.12379). Refresh where phases begin:
+
+        rule = ac_dc(0.9, alternating(500, stop=4000))
+        tx = sparsify(inner, rule, every(500))
+
+    Args:
+      sparsity: fraction of zeros in compressed phases, in [0, 1); may be traced.
+      compressed: step -> whether it belongs to a compressed phase.
+      score: which weights matter; the largest are kept.
+      distribution: how the budget is shared between the leaves.
+      prunable: predicate on (path, leaf).
+      selection: which patterns may be live.
+
+    >>> from d2sparse.schedules import alternating
+    >>> rule, key = ac_dc(0.5, alternating(10, stop=30)), jax.random.key(0)
+    >>> params = {"kernel": jnp.array([[1.0, -4.0]])}
+    >>> masks = rule.init(params, key)
+    >>> for step in (10, 20):
+    ...     masks = rule.update(masks, params, None, step, key)
+    ...     print(masks["kernel"].tolist())
+    [[False, True]]
+    [[True, True]]
+    """
+    sparse = largest(sparsity, score, distribution, prunable, selection)
+    init = gradual(lambda step: sparsity, score, distribution, prunable).init
+
+    def update(
+        masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
+    ) -> PyTree:
+        chosen = sparse.update(masks, params, grads, step, key)
+        dense = jnp.logical_not(compressed(step))
+        return jax.tree.map(lambda mask: mask | dense, chosen)
+
+    return MaskRule(init, update)
+
+
+Prune = Callable[[PyTree, PyTree, PyTree, Sparsity, jax.Array], PyTree]
+
+
+def _pruner(
+    score: Score, distribution: Distribution, prunable: Prunable, selection: Selection
+) -> Prune:
+    """`(masks, params, grads, sparsity, key) -> masks` of the largest live scores."""
+
+    def prune(
+        masks: PyTree,
+        params: PyTree,
+        grads: PyTree,
+        sparsity: Sparsity,
+        key: jax.Array,
+    ) -> PyTree:
+        shapes = tree.shapes(params, prunable)
+        live = tree.pick(masks, shapes)
+        counts = distribution(shapes, sparsity)
+        if isinstance(counts, Mapping):
+            _refuse_counts(selection, shapes, counts)
+            counts = _at_most_live(counts, live)
+        kept = largest_scores(selection, score, live, params, grads, counts, key)
+        return tree.replace(masks, kept)
+
+    return prune
+
+
+def _refuse_counts(
+    selection: Selection,
+    shapes: Mapping[str, tuple[int, ...]],
+    counts: Mapping[str, Count],
+) -> None:
+    """Raises where a pattern cannot keep the counts, while they are plain numbers."""
+    scores = {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in shapes.items()}
+    if selection is not masks.select:
+        jax.eval_shape(lambda scores: selection(scores, counts, None), scores)
+
+
+def _at_most_live(
+    counts: Mapping[str, Count], live: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Counts that no leaf has too few live weights for, with the same total.
+
+    Shares by largest remainder can rise by one in a leaf while the total falls.
+    """
+    wanted = jnp.stack([jnp.asarray(counts[path], jnp.int32) for path in live])
+    available = jnp.stack([count_live(mask) for mask in live.values()])
+    possible = jnp.minimum(wanted, available)
+    missing = jnp.sum(wanted) - jnp.sum(possible)
+    possible = distributions.hand_out(missing, possible, available)
+    return dict(zip(live, possible, strict=True))

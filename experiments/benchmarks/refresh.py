@@ -1,0 +1,230 @@
+"""What a refresh of the masks costs, beside the other ways to find a threshold."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2sparse import distributions, rules, tree
+from d2sparse.masks import apply_masks
+from d2sparse.rules import MaskRule
+from d2sparse.schedules import alternating, cubic
+from d2sparse.tree import PyTree
+from experiments.benchmarks.measure import (
+    Candidate,
+    Table,
+    Timing,
+    num_bytes,
+    take_turns,
+    temporary_bytes,
+)
+from experiments.benchmarks.workload import Sizes, make_params, num_cores, random_masks
+
+# Where in its schedule a rule is refreshed: AC/DC begins a compressed phase there.
+STEP, END = 50, 100
+RULES: Mapping[str, Callable[[float], MaskRule]] = {
+    "magnitude, each leaf (ERK)": functools.partial(
+        rules.one_shot, distribution=distributions.erk
+    ),
+    "magnitude, global": rules.one_shot,
+    "gradual, global": lambda sparsity: rules.gradual(cubic(sparsity, END)),
+    "movement, global": lambda sparsity: rules.movement(cubic(sparsity, END)),
+    "Top-KAST's set (largest), global": rules.largest,
+    "AC/DC, global": lambda sparsity: rules.ac_dc(sparsity, alternating(STEP, END)),
+    "SET": rules.set_,
+    "RigL": rules.rigl,
+    "sparse momentum": rules.sparse_momentum,
+    "GraNet": lambda sparsity: rules.granet(cubic(sparsity, END, start=sparsity / 2)),
+}
+# The random pattern a rule finds: its sparsity over the final one. The others find
+# dense masks.
+START: Mapping[str, float] = {
+    "SET": 1.0,
+    "RigL": 1.0,
+    "sparse momentum": 1.0,
+    "GraNet": 0.5,  # So that it has something to prune.
+}
+# The others do the same work as one of these, and would take minutes to compile.
+LARGE = ("magnitude, each leaf (ERK)", "magnitude, global", "RigL")
+PASS = "one pass, threshold known"
+SORT, SORT_GLOBAL = "jnp.sort, each leaf", "jnp.sort, global"
+PARTITION, TORCH = "numpy.partition, each leaf", "torch.nn.utils.prune"
+
+Weights = dict[str, Any]
+Program = tuple[jax.stages.Compiled, tuple[Any, ...]]  # With its arguments.
+
+
+def refresh_table(sizes: Sizes) -> Table:
+    """One refresh by every rule, in passes over the weights and in CPU seconds."""
+    rows = []
+    for i, model in enumerate(sizes.models):
+        names = tuple(name for name in RULES if i == 0 or name in LARGE)
+        rows += refresh_rows(model, names, sizes)
+    return Table(
+        "One refresh of the masks",
+        "A pass reads the prunable weights once and writes `abs(w) >= t`. Saving: CPU "
+        "time of jnp.sort over that of the row; of all weights together where the row "
+        "is global, else of each leaf. Temporary: bytes the compiled program needs "
+        "beside its arguments and results, over those of the parameters. Every rule "
+        f"is timed on the first model, on others only {'; '.join(LARGE)}: the rest "
+        "does the same work as one of these. GraNet begins at half of the sparsity.",
+        {
+            "what": "refresh",
+            "model": "model",
+            "ms": "ms",
+            "cpu_ms": "CPU ms",
+            "passes": "passes",
+            "saving": "saving",
+            "temporary": "temporary",
+        },
+        rows,
+    )
+
+
+def refresh_rows(
+    model: str, names: tuple[str, ...], sizes: Sizes
+) -> Iterator[dict[str, Any]]:
+    """The rows of one model: its refresh by the named rules, and what it rivals."""
+    params = make_params(model, sizes.image)
+    weights = tree.prunable_leaves(params)
+    counts = distributions.erk(tree.shapes(params), sizes.sparsity)
+    kept = {path: max(int(count), 1) for path, count in counts.items()}
+    programs = _rivals(weights, kept, sizes.sparsity)
+    programs |= {name: refresh_program(name, params, sizes.sparsity) for name in names}
+    candidates = {
+        name: Candidate(functools.partial(compiled, *args), slow="sort" in name)
+        for name, (compiled, args) in programs.items()
+    }
+    host = {path: np.array(w) for path, w in weights.items()}
+    candidates[PARTITION] = Candidate(lambda: partition_masks(host, kept), slow=True)
+    candidates |= torch_candidates(host, kept, sizes.sparsity)
+    timings = take_turns(candidates, sizes.rounds, sizes.slow_rounds)
+    for name in timings:
+        row = {"what": name, "model": model} | _costs(name, timings)
+        if name in programs:
+            row["temporary"] = temporary_bytes(programs[name][0]) / num_bytes(params)
+        yield row
+    if not any(name.startswith(TORCH) for name in candidates):
+        yield {"what": TORCH, "model": model, "ms": "not installed"}
+
+
+def _costs(name: str, timings: Mapping[str, Timing]) -> dict[str, float]:
+    timing = timings[name]
+    sort = timings[SORT_GLOBAL if name.endswith("global") else SORT]
+    return {
+        "ms": 1e3 * timing.wall,
+        "cpu_ms": 1e3 * timing.cpu,
+        "passes": timing.wall / timings[PASS].wall,
+        "saving": sort.cpu / timing.cpu,
+    }
+
+
+def _rivals(
+    weights: Weights, kept: Mapping[str, int], sparsity: float
+) -> dict[str, Program]:
+    """What a refresh is compared with."""
+    together = distributions.global_({p: w.shape for p, w in weights.items()}, sparsity)
+    sort = functools.partial(sort_masks, kept=kept)
+    sort_global = functools.partial(sort_masks_global, kept=int(together))
+    return {
+        PASS: _compiled(threshold_masks, weights, jnp.float32(1)),
+        SORT: _compiled(sort, weights),
+        SORT_GLOBAL: _compiled(sort_global, weights),
+    }
+
+
+def refresh_program(name: str, params: PyTree, sparsity: float) -> Program:
+    """One refresh by a rule, of the masks that it finds in the middle of a run."""
+    masks = random_masks(params, START.get(name, 0.0) * sparsity)
+    # Movement and sparse momentum take these for what they have observed.
+    grads = jax.tree.map(lambda w: w[..., ::-1], params)
+    rule, key = RULES[name](sparsity), jax.random.key(0)
+    params = apply_masks(params, masks)
+    return _compiled(rule.update, masks, params, grads, jnp.int32(STEP), key)
+
+
+def _compiled(function: Callable[..., Any], *args: Any) -> Program:
+    return jax.jit(function).lower(*args).compile(), args
+
+
+def threshold_masks(weights: Weights, threshold: jax.Array) -> Weights:
+    """Which weights are at least a known threshold: the least a refresh can cost."""
+    return {path: jnp.abs(w) >= threshold for path, w in weights.items()}
+
+
+def sort_masks(weights: Weights, kept: Mapping[str, int]) -> Weights:
+    """The largest magnitudes of every leaf by sorting: the obvious implementation.
+
+    Args:
+      weights: leaves by path.
+      kept: how many of each, at least 1; where magnitudes are alike it may be more.
+    """
+    magnitudes = {path: jnp.abs(w) for path, w in weights.items()}
+    return {
+        path: m >= jnp.sort(m, axis=None)[m.size - kept[path]]
+        for path, m in magnitudes.items()
+    }
+
+
+def sort_masks_global(weights: Weights, kept: int) -> Weights:
+    """The largest magnitudes of all leaves together by sorting.
+
+    Args:
+      weights: leaves by path.
+      kept: how many of all, at least 1; where magnitudes are alike it may be more.
+    """
+    magnitudes = jnp.concatenate([jnp.abs(w).ravel() for w in weights.values()])
+    return threshold_masks(weights, jnp.sort(magnitudes)[magnitudes.size - kept])
+
+
+def partition_masks(weights: Weights, kept: Mapping[str, int]) -> Weights:
+    """`sort_masks` on the host, which need not put all of a leaf in order."""
+    magnitudes = {path: np.abs(w) for path, w in weights.items()}
+    cuts = {path: m.size - kept[path] for path, m in magnitudes.items()}
+    return {
+        path: m >= np.partition(m, cuts[path], axis=None)[cuts[path]]
+        for path, m in magnitudes.items()
+    }
+
+
+def torch_candidates(
+    weights: Weights, kept: Mapping[str, int], sparsity: float
+) -> dict[str, Candidate]:
+    """Pruning by torch on as many threads as there are cores; none without torch.
+
+    Args:
+      weights: leaves by path, on the host.
+      kept: how many weights stay in each where leaves are pruned one by one.
+      sparsity: zeros among all of them where they are pruned together.
+    """
+    try:
+        import torch
+        from torch.nn.utils import prune
+    except ImportError:
+        return {}
+    torch.set_num_threads(num_cores())
+    tensors = {path: torch.from_numpy(w) for path, w in weights.items()}
+
+    # Fresh modules for every call: pruning one again would prune what is left of it.
+    def modules() -> dict[str, Any]:
+        made = {path: torch.nn.Module() for path in tensors}
+        for path, module in made.items():
+            module.weight = torch.nn.Parameter(tensors[path])
+        return made
+
+    def one_by_one() -> None:
+        for path, module in modules().items():
+            pruned = tensors[path].numel() - kept[path]
+            prune.l1_unstructured(module, "weight", amount=pruned)
+
+    def together() -> None:
+        pairs = [(module, "weight") for module in modules().values()]
+        prune.global_unstructured(pairs, prune.L1Unstructured, amount=sparsity)
+
+    return {
+        f"{TORCH}, each leaf": Candidate(one_by_one, slow=True),
+        f"{TORCH}, global": Candidate(together, slow=True),
+    }

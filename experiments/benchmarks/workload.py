@@ -1,0 +1,150 @@
+"""What is measured, how large it is, and the machine it is measured on."""
+
+import math
+import os
+import platform
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2sparse import distributions, models, train, tree
+from d2sparse.data import Split
+from d2sparse.masks import dense_masks
+from d2sparse.tree import PyTree
+
+CLASSES = 10
+
+
+class Sizes(NamedTuple):
+    """How large everything is.
+
+    Attributes:
+      models: whose parameter trees are used; the first is trained as well.
+      image: shape of the images they are built for.
+      sparsity: zeros among the prunable weights.
+      rounds: timings of every candidate.
+      slow_rounds: timings of one that takes seconds.
+      steps: optimiser steps in one timing.
+      batch: images in a step of the large network.
+      seeds: how many small networks are trained at once.
+      member_batch: images in a step of a small network.
+      member_steps: steps of every small network in one timing.
+    """
+
+    models: tuple[str, ...]
+    image: tuple[int, int, int]
+    sparsity: float
+    rounds: int
+    slow_rounds: int
+    steps: int
+    batch: int
+    seeds: tuple[int, ...]
+    member_batch: int
+    member_steps: int
+
+
+def make_sizes(
+    quick: bool,
+    sparsity: float,
+    model_names: tuple[str, ...] = (),
+    rounds: int | None = None,
+) -> Sizes:
+    """The sizes for this backend: the one place that looks at it.
+
+    Args:
+      quick: small trees and few rounds.
+      sparsity: zeros among the prunable weights.
+      model_names: in place of the usual models.
+      rounds: in place of the usual number.
+
+    >>> make_sizes(quick=True, sparsity=0.8, rounds=2).slow_rounds
+    1
+    """
+    usual = ("resnet8",) if quick else ("resnet18", "resnet50")
+    accelerated = jax.default_backend() != "cpu"
+    rounds = rounds or (3 if quick else 9)
+    return Sizes(
+        models=model_names or usual,
+        image=(8, 8, 1) if quick else (32, 32, 3),
+        sparsity=sparsity,
+        rounds=rounds,
+        slow_rounds=min(rounds, 1 if quick else 5 if accelerated else 2),
+        steps=2 if quick else 5,
+        batch=8 if quick else 1024 if accelerated else 128,
+        seeds=(2,) if quick else (1, 8, 32, 128) if accelerated else (1, 8, 32),
+        member_batch=16 if quick else 256 if accelerated else 64,
+        member_steps=2 if quick else 100 if accelerated else 10,
+    )
+
+
+def make_params(model: str, image: tuple[int, ...]) -> PyTree:
+    """Random parameters with the shapes of a model, made on the host.
+
+    Raises:
+      ValueError: the model is unknown, or the image too small for it.
+    """
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)),
+        param_shapes(model, image),
+    )
+
+
+def param_shapes(model: str, image: tuple[int, ...]) -> PyTree:
+    """The parameters of a model as `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      ValueError: the model is unknown, or the image too small for it.
+    """
+    network = models.make_model(model, num_classes=CLASSES)
+    images = jnp.zeros((1, *image))
+    return jax.eval_shape(network.init, jax.random.key(0), images)[0]
+
+
+def random_masks(params: PyTree, sparsity: float) -> PyTree:
+    """A random pattern, its budget shared between the leaves by ERK.
+
+    Drawn on the host, which has nothing to compile for it.
+    """
+    rng = np.random.default_rng(0)
+    shapes = tree.shapes(params)
+    counts = distributions.erk(shapes, sparsity)
+    drawn = {}
+    for path, shape in shapes.items():
+        live = np.arange(math.prod(shape)) < int(counts[path])
+        drawn[path] = jnp.asarray(rng.permutation(live).reshape(shape))
+    return tree.replace(dense_masks(params), drawn)
+
+
+def random_data(samples: int, image: tuple[int, ...]) -> train.Data:
+    """Noise with random labels, on the device."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (samples, *image), np.uint8)
+    return train.to_device(Split(images, rng.integers(0, CLASSES, samples, np.int32)))
+
+
+def machine() -> str:
+    """The processor, its cores, the memory, the version of jax and its backend."""
+    device = jax.devices()[0]
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (
+        f"{_processor()}, {num_cores()} cores, {size / 2**30:.0f} GiB of memory, "
+        f"jax {jax.__version__} on {device.platform} ({device.device_kind})"
+    )
+
+
+def num_cores() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.processor() or platform.machine()

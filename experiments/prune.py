@@ -1,0 +1,209 @@
+"""Which weights can a network do without, and when should they go?
+
+Any rule of the library, on any model and data set, over several sparsities and seeds.
+All methods of a seed see the same labels, initial weights and batches. The table says
+mean and standard deviation over seeds, and the paired difference to the dense network
+with its standard error; figures show accuracy against sparsity, and how it was learned.
+
+    python -m experiments.prune
+    python -m experiments.prune --rules=rigl --sparsities=0.98 --seeds=1
+    python -m experiments.prune --rules=dense,sr_ste --sparsities=0.5,0.75 --group=4
+    python -m experiments.prune --dataset=cifar10 --model=resnet20s --shift=4 --flip
+"""
+
+import dataclasses
+from typing import Any
+
+from d2sparse import data, plots, records, tree
+from d2sparse.distributions import check_sparsity
+from d2sparse.lottery import Ticket
+from experiments import cli, results, units
+from experiments.recipes import (
+    RECIPES,
+    Options,
+    RecipeName,
+    make_recipe,
+)
+from experiments.singles import Method, single
+from experiments.task import (
+    Splits,
+    Task,
+    TaskConfig,
+    default_workdir,
+    draw_splits,
+    make_prunable,
+    make_task,
+)
+
+_COLUMNS = {
+    "method": "rule",
+    "sparsity": "sparsity %",
+    "accuracy": "accuracy %",
+    "to_dense": "minus dense",
+    "nll": "NLL",
+    "ece": "ECE %",
+    "nonzeros": "non-zeros",
+    "relative_macs": "training MACs",
+    "seconds": "seconds",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Options, TaskConfig):
+    """Flags of the experiment."""
+
+    # What to compare; fixed keeps the masks it starts with, those of a --ticket.
+    rules: tuple[RecipeName, ...] = ("dense", "static", "gradual", "set", "rigl")
+    # Fractions of zeros among the prunable weights; every rule is run at each of them.
+    sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One rule at one sparsity.
+
+    Attributes:
+      rule: its name.
+      sparsity: fraction of zeros asked for; None for what has none to choose.
+    """
+
+    rule: str
+    sparsity: float | None
+
+    @property
+    def name(self) -> str:
+        """The name of its units, such as "rigl-0.9"."""
+        return self.rule if self.sparsity is None else f"{self.rule}-{self.sparsity:g}"
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Runs what is not finished yet, and reports on all of it.
+
+    Returns:
+      The summary, as in summary.json.
+
+    Raises:
+      ValueError: something in the configuration cannot be done.
+    """
+    points = list_points(config)
+    source = data.load(config.dataset, config.data_dir)
+    first = draw_splits(config, source, seed=0)
+    task = make_task(config, first.train, source.num_classes, 0.0)
+    task = task._replace(prunable=make_prunable(config.prunable, task))
+    methods = {point.name: make_method(point, task, config) for point in points}
+    out = records.open_run(config.workdir or default_workdir("prune", config), config)
+
+    def run_one(unit: records.Unit, splits: Splits, note: units.Note) -> None:
+        method = methods[unit.method]
+        state, found = units.learn(out, unit, method, splits, note)
+        measured = results.sparsity(method.live(state), task)
+        out.finish(unit, found | {"sparsity": measured})
+
+    units.run_each(config, out, source, methods, run_one)
+    return report(config, task, points, out)
+
+
+def list_points(config: Config) -> list[Point]:
+    """Every rule at every sparsity; once what has no sparsity to choose.
+
+    Raises:
+      ValueError: there is none, or a rule cannot go on from the ticket.
+    """
+    if not config.rules or not config.sparsities:
+        raise ValueError(
+            f"expected rules of {', '.join(RECIPES)} and sparsities, got "
+            f"rules={config.rules} and sparsities={config.sparsities}"
+        )
+    if "fixed" in config.rules and not config.ticket:
+        raise ValueError(
+            "expected a --ticket whose masks fixed can keep, got none; `python -m "
+            "experiments.lottery` saves tickets"
+        )
+    if config.ticket and (anew := {"dense", "static"} & set(config.rules)):
+        raise ValueError(
+            f"expected rules that go on from a ticket, got {', '.join(sorted(anew))}; "
+            "choose --rules=fixed to keep its masks"
+        )
+    points = []
+    for rule in dict.fromkeys(config.rules):
+        # These move the weights of a ticket, as many as it has.
+        moves = config.ticket and rule in ("set", "rigl", "sparse_momentum")
+        free = moves or rule in ("dense", "fixed")
+        sparsities = [None] if free else sorted(set(config.sparsities))
+        points += [Point(rule, sparsity) for sparsity in sparsities]
+    return points
+
+
+def make_method(point: Point, task: Task, config: Config) -> Method:
+    """The training of one rule at one sparsity.
+
+    Raises:
+      ValueError: an option is out of its range.
+    """
+    check_sparsity(point.sparsity or 0.0)
+    prunable = make_prunable(config.prunable, task)
+    task = task._replace(sparsity=point.sparsity or 0.0, prunable=prunable)
+    if task.ticket is not None and point.sparsity is not None:
+        _check_sparser(point.sparsity, task.ticket, task)
+    return single(task, make_recipe(point.rule, task, config))
+
+
+def _check_sparser(sparsity: float, ticket: Ticket, task: Task) -> None:
+    begin = results.sparsity(ticket.masks, task)
+    size = tree.size(tree.prunable_leaves(task.params, task.prunable))
+    if round((1 - sparsity) * size) > round((1 - begin) * size):
+        raise ValueError(
+            f"expected --sparsities of at least that of the ticket, {begin:.4g}, got "
+            f"{sparsity:g}; what it has pruned does not come back"
+        )
+
+
+def report(
+    config: Config, task: Task, points: list[Point], out: records.Run
+) -> dict[str, Any]:
+    """Writes summary, table and figures of the finished units, and prints the table."""
+    finished = {p.name: results.gather(out, p.name, config.seeds) for p in points}
+    rows = []
+    for point in points:
+        own = finished[point.name]
+        row = results.summarise(point.rule, own, task) | {"asked": point.sparsity}
+        if "dense" in finished and point.rule != "dense":
+            difference = results.difference(own, finished["dense"])
+            row["to_dense"], row["to_dense_error"] = difference
+        rows.append(row)
+    _draw_curves(points, out)
+    _draw_sparsities(config, rows, out)
+    columns = dict(_COLUMNS)
+    if "dense" not in finished:
+        del columns["to_dense"]
+    return results.publish(config, out, "points", rows, columns, "deviation")
+
+
+def _draw_curves(points: list[Point], out: records.Run) -> None:
+    """One figure for every sparsity: all curves in one are too many to tell apart."""
+    lines = records.read_metrics(out.workdir)
+    key, by_name = results.curve_key(lines), {point.name: point for point in points}
+    for sparsity in sorted({p.sparsity for p in points} - {None}) or [None]:
+        own = [
+            line | {"method": point.rule}
+            for line in lines
+            if (point := by_name[line["method"]]).sparsity in (None, sparsity)
+        ]
+        curves = plots.learning_curves(own, *key, percent=True)
+        end = "" if sparsity is None else f"-{sparsity:g}"
+        out.save_figure(f"learning_curves{end}", curves)
+
+
+def _draw_sparsities(
+    config: Config, rows: list[dict[str, Any]], out: records.Run
+) -> None:
+    label = f"{results.judged(config)} accuracy"
+    sparse = [row for row in rows if row["method"] != "dense"]
+    dense = next((row for row in rows if row["method"] == "dense"), None)
+    if sparse:
+        figure = plots.accuracy_against_sparsity(sparse, label, dense)
+        out.save_figure("accuracy_against_sparsity", figure)
+
+
+if __name__ == "__main__":
+    cli.main(run, Config)

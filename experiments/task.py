@@ -1,0 +1,316 @@
+"""What is learned: the labels, the network and the length of training.
+
+All experiments share these flags, so that their numbers can be compared.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from d2sparse import data, macs, models, train, tree
+from d2sparse.data import Augment
+from d2sparse.distributions import check_sparsity
+from d2sparse.lottery import Ticket
+from d2sparse.models import Model
+from d2sparse.schedules import refresh_interval, refresh_stop
+from d2sparse.train import Data, Step, TrainState
+from d2sparse.tree import Prunable, PyTree, is_kernel
+from experiments.tickets import load_ticket
+
+MONITOR_SIZE = 1000
+PrunableName = Literal["kernels", "convolutions", "body"]
+_LEAST = {
+    "seeds": 1,
+    "steps": 1,
+    "batch_size": 1,
+    "report_every": 1,
+    "refresh_interval": 0,
+    "growth_samples": 0,
+    "learning_rate": 0,
+    "momentum": 0,
+    "weight_decay": 0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Flags that every experiment has."""
+
+    dataset: str = "digits"  # "digits", or any TFDS image classification set
+    data_dir: str | None = None  # directory of prepared TFDS sets
+    samples_per_class: int = 10  # training labels of every class; 0 for all
+    # Part of the labels to validate on. Above 0 the table shows validation accuracy
+    # and the test set is not read: choose settings this way.
+    validation_fraction: float = 0.0
+
+    model: str = "lenet_300_100"  # network, by its name in d2sparse.models
+    width: float | None = None  # width, in the model's own unit; None: its default
+    seeds: int = 5  # runs of every method: labels, weights and order differ
+    # Directory of a ticket that `experiments.lottery` has saved: single networks start
+    # from its weights and masks.
+    ticket: str = ""
+
+    steps: int = 1000  # optimiser steps of one training
+    batch_size: int = 32  # examples per step
+    # sgd adds the weight decay to the gradient, sgdw and adamw to the step.
+    optimizer: Literal["sgd", "sgdw", "adamw"] = "sgd"
+    learning_rate: float = 0.1  # at the first step; falls to 0 along a cosine
+    momentum: float = 0.9  # of sgd; the first moment's decay in adamw
+    weight_decay: float = 5e-4  # on live kernels
+    label_smoothing: float = 0.0  # in every method's loss
+    refresh_interval: int = 0  # steps between mask refreshes; 0: from data and steps
+    growth_samples: int = 1024  # examples of a growth gradient; 0: those of the step
+
+    shift: int = 1  # augmentation: random crop after padding by so many pixels
+    flip: bool = False  # augmentation: mirror left and right
+    cutout: int = 0  # augmentation: side of an erased square, in pixels
+    jitter: float = 0.0  # augmentation: strength of colour jitter
+
+    report_every: int = 100  # steps between two measurements
+    workdir: str = dataclasses.field(default="", compare=False)  # run directory
+    progress: bool = dataclasses.field(default=True, compare=False)  # live display
+
+
+class Task(NamedTuple):
+    """What every method is given: the network, the budget, the length of training.
+
+    Attributes:
+      model: the network.
+      params: shapes of its parameters.
+      macs: its dense forward cost by path.
+      augment: `(key, images) -> images`.
+      optimizer: learning rate -> inner optimiser.
+      learning_rate: the largest one.
+      smoothing: label smoothing.
+      sparsity: fraction of zeros of a single network; a pair shares its budget.
+      steps: steps of one training.
+      batch_size: examples per step.
+      growth_samples: examples of a growth gradient.
+      interval: steps between two refreshes of a mask.
+      every: steps between two reports.
+      image_shape: of one example, the channels last.
+      ticket: the weights and masks that single networks begin with; None draws them.
+      prunable: which leaves may be pruned.
+    """
+
+    model: Model
+    params: PyTree
+    macs: dict[str, int]
+    augment: Augment
+    optimizer: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
+    learning_rate: float
+    smoothing: float
+    sparsity: float
+    steps: int
+    batch_size: int
+    growth_samples: int
+    interval: int
+    every: int
+    image_shape: tuple[int, ...]
+    ticket: Ticket | None
+    prunable: Prunable = is_kernel
+
+    def mean_interval(self, interval: int) -> float | None:
+        """Steps per refresh over the whole run, None if there is no refresh."""
+        refreshes = (refresh_stop(self.steps) - 1) // interval
+        return self.steps / refreshes if refreshes else None
+
+    def fit(self, run: Step, state: TrainState, data: Data, **kwargs: Any) -> Any:
+        """`train.fit` for the steps and the batch size of the task."""
+        given = {"steps": self.steps, "every": self.every, **kwargs}
+        return train.fit(run, state, data, batch_size=self.batch_size, **given)
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """What one seed trains on and is measured on.
+
+    Attributes:
+      train: the labels that training may use.
+      judge: where the table's numbers come from: the official test set, or the
+        validation part of the labels.
+      monitor: training images outside of the budget, for the learning curves alone;
+        None where there are none.
+    """
+
+    train: Data
+    judge: Data
+    monitor: Data | None
+
+
+def draw_splits(config: TaskConfig, source: data.Source, seed: int) -> Splits:
+    """The budget of a seed, which does not depend on the method."""
+    labels = source.train.labels
+    chosen = data.budget(labels, config.samples_per_class, seed)
+    rest = np.setdiff1d(np.arange(len(labels)), chosen)
+    rest = np.random.default_rng(seed).permutation(rest)[:MONITOR_SIZE]
+
+    def pick(indices: np.ndarray, like: Data | None = None) -> Data:
+        images = source.train.images[indices]
+        return train.to_device(data.Split(images, labels[indices]), like)
+
+    if config.validation_fraction:
+        chosen, held_out = data.holdout(
+            labels, chosen, config.validation_fraction, seed
+        )
+        training = pick(chosen)
+        judge = pick(held_out, training)
+    else:
+        training = pick(chosen)
+        judge = train.to_device(source.test, training)
+    return Splits(training, judge, pick(rest, training) if len(rest) else None)
+
+
+def make_task(
+    config: TaskConfig, labelled: Data, num_classes: int, sparsity: float
+) -> Task:
+    """What every method is given.
+
+    Args:
+      config: the flags.
+      labelled: the labels of one seed; all seeds have as many.
+      num_classes: number of classes.
+      sparsity: fraction of zeros among the prunable weights, in [0, 1).
+
+    Raises:
+      ValueError: a number is out of its range, the network or the augmentation does
+        not fit the images, or the ticket does not fit the network.
+    """
+    check_least(config, _LEAST)
+    if not 0 <= config.label_smoothing <= 1:
+        raise ValueError(
+            f"expected label_smoothing in [0, 1], got {config.label_smoothing}"
+        )
+    check_sparsity(sparsity)
+    size, stop = len(labelled.labels), refresh_stop(config.steps)
+    interval = refresh_interval(size, config.batch_size, stop)
+    model = models.make_model(config.model, num_classes, config.width)
+    params, state, costs = shapes_and_macs(model, labelled.images.shape[1:])
+    task = Task(
+        model=model,
+        params=params,
+        macs=costs,
+        augment=data.make_augment(
+            padding=config.shift,
+            flip=config.flip,
+            cutout=config.cutout,
+            jitter=config.jitter,
+        ),
+        optimizer=lambda rate: train.make_optimizer(
+            config.optimizer, rate, config.weight_decay, config.momentum
+        ),
+        learning_rate=config.learning_rate,
+        smoothing=config.label_smoothing,
+        sparsity=sparsity,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        growth_samples=config.growth_samples,
+        interval=config.refresh_interval or interval,
+        every=config.report_every,
+        image_shape=tuple(labelled.images.shape[1:]),
+        ticket=load_ticket(config.ticket, params, state) if config.ticket else None,
+    )
+    _rehearse(task, labelled)
+    return task
+
+
+def check_least(config: Any, least: Mapping[str, float]) -> None:
+    """Refuses numbers below the least that makes sense.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    for name, value in least.items():
+        if not getattr(config, name) >= value:
+            raise ValueError(f"expected {name} >= {value}, got {getattr(config, name)}")
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuses a word that is none of the choices.
+
+    Raises:
+      ValueError: naming the flag and the choices.
+    """
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"expected {name} of {', '.join(choices)}, got {value!r}")
+
+
+def make_prunable(name: str, task: Task) -> Prunable:
+    """Which leaves of the task's network may be pruned.
+
+    Args:
+      name: "kernels" of all layers, those of "convolutions", or of the "body": all but
+        the first layer and the head. The first layer is the first kernel in the tree
+        whose input is an image, by its channels or by its pixels, and the head the last
+        kernel of a dense layer.
+      task: the network.
+
+    Raises:
+      ValueError: unknown name, or no such leaf in the network.
+    """
+    check_choice("prunable", name, get_args(PrunableName))
+    kernels = tree.prunable_leaves(task.params)
+    if name == "convolutions":
+        kernels = {path: leaf for path, leaf in kernels.items() if leaf.ndim == 4}
+    if name == "body":
+        inputs = {2: math.prod(task.image_shape), 4: task.image_shape[-1]}
+        first = [p for p, x in kernels.items() if x.shape[-2] == inputs.get(x.ndim)]
+        heads = [path for path, leaf in kernels.items() if leaf.ndim == 2]
+        ends = {*first[:1], *heads[-1:]}
+        kernels = {path: leaf for path, leaf in kernels.items() if path not in ends}
+    if not kernels:
+        raise ValueError(
+            f"expected a network with prunable {name}, got one without; choose "
+            "--prunable=kernels"
+        )
+    return lambda path, leaf: path in kernels
+
+
+def default_workdir(experiment: str, config: TaskConfig) -> str:
+    """A run directory of its own for every configuration.
+
+    Returns:
+      Such as "runs/prune-digits-10-1a2b3c", whose end is a digest of the flags.
+    """
+    flags = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.compare
+    }
+    digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
+    return f"runs/{experiment}-{config.dataset}-{config.samples_per_class}-{digest[:6]}"
+
+
+def shapes_and_macs(
+    model: Model, image_shape: tuple[int, ...]
+) -> tuple[PyTree, PyTree, dict[str, int]]:
+    """Shapes of a network's parameters and state, and its forward cost by path."""
+    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+
+    def apply(variables: Any, x: jax.Array) -> jax.Array:
+        return model.apply(*variables, x, train=False)[0]
+
+    costs = macs.forward_macs(apply, variables, x)
+    params, state = variables
+    return params, state, {path: costs[f"0/{path}"] for path in tree.flatten(params)}
+
+
+def _rehearse(task: Task, labelled: Data) -> None:
+    """Traces the loss of one example, so that nothing is written before it works."""
+    loss = train.make_loss(task.model, task.augment, task.smoothing)
+
+    def first_loss(labelled: Data) -> Any:
+        example, key = train.take(labelled, jnp.arange(1)), jax.random.key(0)
+        return loss(*task.model.init(key, train.inputs(example)), example, key)
+
+    jax.eval_shape(first_loss, labelled)

@@ -1,0 +1,66 @@
+"""What the tests of experiments share: reading run directories, running commands."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+ROOT = Path(__file__).parent.parent
+
+
+@contextlib.contextmanager
+def quick_compilation():
+    """Nearly all the time here is compilation, of programs that run for a moment."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def unit_files(workdir):
+    return {path.stem: path for path in (workdir / "units").iterdir()}
+
+
+def results(workdir, method, seeds):
+    return [read(workdir / "units" / f"{method}-seed{seed}.json") for seed in seeds]
+
+
+def table_rows(workdir):
+    """The cells of the table by column, row by row."""
+    lines = (workdir / "table.md").read_text().splitlines()
+    title, _, *rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    return [dict(zip(title, row, strict=True)) for row in rows]
+
+
+def without_time(value):
+    """What must be repeated to the last bit: everything but seconds and places."""
+    if isinstance(value, dict):
+        return {
+            key: without_time(item)
+            for key, item in value.items()
+            if key not in ("seconds", "workdir")
+        }
+    return [without_time(item) for item in value] if isinstance(value, list) else value
+
+
+def modified(paths):
+    return {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
+
+
+def command(module, *words):
+    """Runs an experiment as a user does."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", module, *words],
+        cwd=ROOT,
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )

@@ -1,0 +1,384 @@
+"""One and the same call of `sparsify` inside other libraries, wrappers and meshes."""
+
+import functools
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import d2sparse
+from d2sparse import distributions, every, get_masks, set_masks, sparsify, tree
+from d2sparse.masks import apply_masks, is_gap
+
+SPARSE = sparsify(optax.adamw(1e-2), d2sparse.rigl(sparsity=0.8), when=every(2))
+STEPS = 6
+REFRESHES = (3, 5)  # Refreshed are the masks of steps 2 and 4, in the next update.
+
+
+def normals(seed, shapes, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), dtype),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def assert_same(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def is_same(tree_of_masks, other):
+    same = jax.tree.map(np.array_equal, tree_of_masks, other)
+    return all(jax.tree.leaves(same))
+
+
+def assert_sparse(params, live):
+    """Exact zeros off the mask, and exactly as many live weights as the budget has."""
+    assert jax.tree.structure(params) == jax.tree.structure(live)
+    budget = distributions.erk(tree.shapes(params), 0.8)
+    leaves = tree.flatten(params)
+    for path, leaf in tree.flatten(live).items():
+        assert leaf.dtype == bool
+        assert np.sum(leaf) == budget.get(path, leaf.size)
+        assert np.all(np.asarray(leaves[path])[~np.asarray(leaf)] == 0)
+
+
+def check_run(run):
+    """Follows a run, which yields parameters and masks at first and after each step."""
+    (first, before), *others = run
+    assert_sparse(first, before)
+    assert len(others) == STEPS
+    for update, (params, live) in enumerate(others, start=1):
+        assert_sparse(params, live)
+        assert is_same(before, live) == (update not in REFRESHES)
+        before = live
+    assert not any(map(np.array_equal, jax.tree.leaves(first), jax.tree.leaves(params)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def start(tx, params):
+    state = tx.init(params)
+    return apply_masks(params, get_masks(state)), state
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(tx, params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+# Libraries of networks.
+
+
+class NNXNet(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(2, 8, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+        self.head = nnx.Linear(8, 5, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        features = jnp.tanh(self.norm(self.conv(images))).mean(axis=(1, 2))
+        return self.head(self.dropout(features))
+
+
+def test_flax_nnx_models_with_state_besides_parameters():
+    model = NNXNet(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, SPARSE, wrt=nnx.Param)
+    traces = []
+
+    @nnx.jit
+    def step(model, optimizer, images):
+        traces.append(1)
+        grads = nnx.grad(lambda model: jnp.mean((model(images) - 1.0) ** 2))(model)
+        optimizer.update(model, grads)
+
+    def now():
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return params, nnx.to_pure_dict(get_masks(optimizer.opt_state))
+
+    def run():
+        nnx.update(model, apply_masks(*now()))
+        yield now()
+        for seed in range(STEPS):
+            step(model, optimizer, normals(seed, (4, 6, 6, 2)))
+            yield now()
+
+    check_run(run())
+    assert len(traces) == 1
+    assert jnp.all(model.norm.mean[...] != 0)
+    assert model.dropout.rngs.count[...] == STEPS
+
+
+def test_flax_nnx_models_train_a_given_ticket():
+    model = NNXNet(nnx.Rngs(0))
+    ticket = jax.tree.map(lambda w: jnp.abs(w) > 0.1, nnx.state(model, nnx.Param))
+    tx = sparsify(optax.adamw(1e-2), d2sparse.fixed(ticket))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, nnx.state(model, nnx.Param))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    live = nnx.to_pure_dict(ticket)
+    assert_same(nnx.to_pure_dict(get_masks(optimizer.opt_state)), live)
+    assert_same(params, apply_masks(params, live))
+    assert jnp.all((params["conv"]["kernel"] != 0) == live["conv"]["kernel"])
+
+
+class EquinoxNet(eqx.Module):
+    conv: eqx.nn.Conv2d
+    norm: eqx.nn.LayerNorm
+    head: eqx.nn.Linear
+    order: jax.Array
+    activation: Callable[[jax.Array], jax.Array]
+
+    def __init__(self, key: jax.Array, use_bias: bool = False) -> None:
+        conv_key, head_key = jax.random.split(key)
+        self.conv = eqx.nn.Conv2d(2, 8, 3, use_bias=use_bias, key=conv_key)
+        self.norm = eqx.nn.LayerNorm(8)
+        self.head = eqx.nn.Linear(8, 5, key=head_key)
+        self.order = jnp.arange(8)
+        self.activation = jnp.tanh
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        features = self.activation(self.conv(image)).mean(axis=(1, 2))
+        return self.head(self.norm(features[self.order]))
+
+
+@eqx.filter_jit
+def equinox_step(model, state, images, tx):
+    def loss(model):
+        return jnp.mean((jax.vmap(model)(images) - 1.0) ** 2)
+
+    grads = eqx.filter_grad(loss)(model)
+    updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_inexact_array))
+    return eqx.apply_updates(model, updates), state
+
+
+def test_equinox_modules_with_leaves_that_are_none():
+    def run():
+        params, static = eqx.partition(
+            EquinoxNet(jax.random.key(0)), eqx.is_inexact_array
+        )
+        assert params.order is params.conv.bias is params.activation is None
+        params, state = start(SPARSE, params)
+        yield params, get_masks(state)
+        model = eqx.combine(params, static)
+        for seed in range(STEPS):
+            model, state = equinox_step(
+                model, state, normals(seed, (4, 2, 6, 6)), SPARSE
+            )
+            yield eqx.filter(model, eqx.is_inexact_array), get_masks(state)
+
+    check_run(run())
+
+
+def test_equinox_convolutions_keep_their_biases_by_a_predicate():
+    model = EquinoxNet(jax.random.key(0), use_bias=True)
+    params = eqx.filter(model, eqx.is_inexact_array)
+    rule = d2sparse.rigl(
+        0.8,
+        distribution=d2sparse.uniform,
+        prunable=lambda path, leaf: path in ("conv/weight", "head/weight"),
+    )
+    live = sparsify(optax.adamw(1e-2), rule).init(params).masks
+    # A bias of shape (channels, 1, 1) has the dimensions of a kernel.
+    assert live.conv.bias.shape == (8, 1, 1)
+    assert live.conv.bias.all()
+    assert live.conv.weight.sum() + live.head.weight.sum() == round(0.2 * (144 + 40))
+
+
+HAIKU = {
+    "linear_1": {"w": (6, 12), "b": (12,)},
+    "conv/~/x": {"w": (3, 3, 12, 4)},
+    "conv/~/head": {"w": (36, 5), "b": (5,)},
+}
+
+
+def test_haiku_parameters():
+    def apply(params, images):
+        hidden = images @ params["linear_1"]["w"] + params["linear_1"]["b"].reshape(
+            1, 1, 1, -1
+        )
+        hidden = jax.lax.conv_general_dilated(
+            *(jnp.tanh(hidden), params["conv/~/x"]["w"], (1, 1), "VALID"),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        head = params["conv/~/head"]
+        return jnp.tanh(hidden).reshape(-1, 36) @ head["w"] + head["b"][None]
+
+    def run():
+        params, state = start(SPARSE, normals(9, HAIKU))
+        slope = jax.jit(
+            jax.grad(lambda params, x: jnp.mean((apply(params, x) - 1) ** 2))
+        )
+        yield params, get_masks(state)
+        for seed in range(STEPS):
+            grads = slope(params, normals(seed, (4, 5, 5, 6)))
+            params, state = step(SPARSE, params, state, grads)
+            yield params, get_masks(state)
+
+    check_run(run())
+    assert list(tree.shapes(normals(9, HAIKU))) == [
+        "conv/~/head/w",
+        "conv/~/x/w",
+        "linear_1/w",
+    ]
+
+
+# Numbers of 16 bits.
+
+
+def test_growth_where_most_bfloat16_gradients_are_equal():
+    params, state = start(SPARSE, normals(0, {"w": (32, 24)}, jnp.bfloat16))
+    update, size, count = jax.jit(SPARSE.update), 768, 154
+    for seed in range(STEPS):
+        rng = np.random.default_rng(seed)
+        sizes = rng.choice([0.5, -0.5, 1.0, -1.0, 2.0], size=(32, 24))
+        grads = {"w": jnp.asarray(sizes, jnp.bfloat16)}
+        before, weights = np.ravel(get_masks(state)["w"]), np.ravel(params["w"])
+        updates, state = update(grads, state, params)
+        after = np.ravel(get_masks(state)["w"])
+        params = optax.apply_updates(params, updates)
+        assert updates["w"].dtype == params["w"].dtype == jnp.bfloat16
+        assert_sparse(params, get_masks(state))
+        if seed + 1 not in REFRESHES:
+            continue
+        # What stays is decided by magnitude and index, what grows by the gradient.
+        magnitudes = np.where(before, abs(weights.astype(np.float32)), -1)
+        stays = np.argsort(-magnitudes, kind="stable")[: count - int(0.3 * count)]
+        assert after[stays].all()
+        outside = ~np.isin(np.arange(size), stays)
+        scores = abs(np.ravel(sizes))
+        cut = scores[outside & after].min()
+        assert np.sum(outside & (scores == cut)) > np.sum(outside & after) / 2
+        assert np.all(after[outside & (scores > cut)])
+        assert not np.any(after[outside & (scores < cut)])
+
+
+# Wrappers.
+
+
+LAYERS = {"body": {"kernel": (12, 10), "bias": (10,)}, "head": {"kernel": (10, 5)}}
+
+
+def gradients(seed):
+    return normals(seed + 1, LAYERS)
+
+
+def test_multi_steps_refreshes_by_real_updates_and_from_the_mean_gradient():
+    outer = optax.MultiSteps(SPARSE, 2).gradient_transformation()
+    params, state = start(outer, normals(0, LAYERS))
+    alone, alone_state = start(SPARSE, normals(0, LAYERS))
+    first = get_masks(state)
+    for update in range(STEPS):
+        halves = gradients(2 * update), gradients(2 * update + 1)
+        # Between two real updates nothing moves, neither weights nor masks.
+        waiting, state = step(outer, params, state, halves[0])
+        assert_same((waiting, get_masks(state)), (params, get_masks(alone_state)))
+        params, state = step(outer, params, state, halves[1])
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+        alone, alone_state = step(SPARSE, alone, alone_state, mean)
+        assert_same(get_masks(state), get_masks(alone_state))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params, alone
+        )
+    assert not is_same(get_masks(state), first)
+
+
+def test_optax_masked_leaves_the_rest_to_another_optimiser():
+    in_body = {"body": True, "head": False}
+    in_head = {"body": False, "head": True}
+    tx = optax.chain(
+        optax.masked(SPARSE, in_body), optax.masked(optax.sgd(0.5), in_head)
+    )
+    network = {"body": LAYERS, "head": {"kernel": (5, 3)}}
+    params, state = start(tx, normals(0, network))
+    body, alone = start(SPARSE, normals(0, network)["body"])
+    for seed in range(STEPS):
+        grads = normals(seed + 1, network)
+        head = params["head"]["kernel"] - 0.5 * grads["head"]["kernel"]
+        params, state = step(tx, params, state, grads)
+        body, alone = step(SPARSE, body, alone, grads["body"])
+        live = get_masks(state)
+        assert is_gap(live["head"])
+        assert_same((params["body"], live["body"]), (body, get_masks(alone)))
+        assert_same(params["head"]["kernel"], head)
+        assert_same(params, apply_masks(params, live))
+
+
+def test_a_norm_is_clipped_with_pruned_gradients_before_and_without_them_inside():
+    sgd, clip = optax.sgd(1.0), optax.clip_by_global_norm(1.0)
+    live = jax.tree.map(lambda w: w > 0, normals(0, LAYERS))
+    rule = d2sparse.fixed(live)
+    before = optax.chain(clip, sparsify(sgd, rule))
+    inside = sparsify(optax.chain(clip, sgd), rule)
+    params, grads = apply_masks(normals(0, LAYERS), live), gradients(0)
+    norms = optax.tree.norm(apply_masks(grads, live)), optax.tree.norm(grads)
+    for tx, expected in [(inside, 1.0), (before, norms[0] / norms[1])]:
+        updates, _ = tx.update(grads, tx.init(params), params)
+        norm = optax.tree.norm(apply_masks(updates, live))
+        np.testing.assert_allclose(norm, expected, rtol=1e-5)
+
+
+def test_hyperparameters_of_inner_optimiser_and_rule_are_injected():
+    @optax.inject_hyperparams
+    def make(learning_rate, sparsity):
+        rule = d2sparse.rigl(sparsity=sparsity)
+        return sparsify(optax.adamw(learning_rate), rule, when=every(2))
+
+    # A rate of 0 in the last step: the weights stay, the masks are those of before.
+    rate = optax.piecewise_constant_schedule(1e-2, {STEPS - 1: 0.0})
+    injected = make(learning_rate=rate, sparsity=0.8)
+    params, state = start(injected, normals(0, LAYERS))
+    alone, alone_state = start(SPARSE, normals(0, LAYERS))
+    for seed in range(STEPS):
+        last, alone_last = params, alone
+        params, state = step(injected, params, state, gradients(seed))
+        alone, alone_state = step(SPARSE, alone, alone_state, gradients(seed))
+        assert_same(get_masks(state), get_masks(alone_state))
+        assert_sparse(params, get_masks(state))
+    assert_same(params, last)
+    assert not is_same(alone, alone_last)
+
+
+# Many devices.
+
+
+def test_sharded_parameters_train_as_unsharded_ones_and_no_score_is_gathered():
+    shapes = {"a": (64, 24), "b": (24, 16), "bias": (16,), "replicated": (10, 6)}
+    over = {
+        "a": P("data", "model"),
+        "b": P(None, "model"),
+        "bias": P("model"),
+        "replicated": P(),
+    }
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    put = {path: NamedSharding(mesh, spec) for path, spec in over.items()}
+    alone, alone_state = start(SPARSE, normals(0, shapes))
+    params, state = jax.device_put(alone, put), SPARSE.init(jax.device_put(alone, put))
+    assert_same(get_masks(state), get_masks(alone_state))
+    # The first masks are drawn where no parameter is looked at.
+    state = set_masks(state, jax.device_put(get_masks(state), put))
+
+    compiled = step.lower(SPARSE, params, state, params).compile()
+    assert "all-reduce" in compiled.as_text()
+    for gathering in ("all-gather", "all-to-all", "collective-permute"):
+        assert gathering not in compiled.as_text()
+
+    for seed in range(1, STEPS + 1):
+        grads = normals(seed, shapes)
+        alone, alone_state = step(SPARSE, alone, alone_state, grads)
+        params, state = compiled(params, state, jax.device_put(grads, put))
+        assert_sparse(params, get_masks(state))
+        assert_same(get_masks(state), get_masks(alone_state))
+        for kept in (params, get_masks(state), state.inner[0].mu):
+            for path, leaf in kept.items():
+                assert leaf.sharding.is_equivalent_to(put[path], leaf.ndim)
+    assert_same(params, alone)
