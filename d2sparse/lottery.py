@@ -37,7 +37,24 @@ class Ticket(NamedTuple):
     masks: PyTree
 
 
+class Hunt(NamedTuple):
+    """Where a search for a ticket stands; a copy of it is the search.
+
+    Attributes:
+      number: int32[], prunings so far.
+      state: what is being trained.
+      early: the state that rounds go back to; where it has not been reached yet, any.
+      ticket: what the present round started from.
+    """
+
+    number: jax.Array
+    state: TrainState
+    early: TrainState
+    ticket: Ticket
+
+
 OnRound = Callable[[int, TrainState, Ticket], None]
+OnStretch = Callable[[Hunt], None]
 
 
 def round_sparsities(sparsity: float, rounds: int) -> list[float]:
@@ -134,9 +151,15 @@ def start_from(ticket: Ticket, state: TrainState) -> TrainState:
     return rewind(state, ticket.masks)
 
 
+def begin_hunt(state: TrainState) -> Hunt:
+    """A search that starts from a dense state."""
+    early = jax.tree.map(jnp.copy, state)
+    return Hunt(jnp.zeros((), jnp.int32), state, early, _ticket(early))
+
+
 def find_ticket(
     fit: Fit,
-    state: TrainState,
+    state: TrainState | Hunt,
     steps: int,
     rewind_step: int,
     sparsities: Sequence[float],
@@ -144,6 +167,7 @@ def find_ticket(
     prunable: Prunable = is_kernel,
     score: Score = scores.magnitude,
     rewinding: Rewinding = "weights",
+    on_stretch: OnStretch | None = None,
 ) -> TrainState:
     """Iterative magnitude pruning: the trained winning ticket.
 
@@ -153,7 +177,8 @@ def find_ticket(
       state: the state to start from, dense, with an optimiser made by
         `sparsify(inner, fixed(masks))`: rounds differ in the masks alone, so one
         compiled step serves them all. With `freeze` in its place the losers hold their
-        early weights instead of being 0.
+        early weights instead of being 0. A search that was interrupted goes on from
+        the `Hunt` in which its state stood.
       steps: the step at which every round ends.
       rewind_step: the step whose weights every round after the first starts from.
       sparsities: sparsity after each pruning, rising, as of `round_sparsities`.
@@ -163,6 +188,8 @@ def find_ticket(
       score: which weights matter; random scores are the control.
       rewinding: what goes back after a pruning, `"weights"` and learning rate, or the
         `"learning_rate"` alone.
+      on_stretch: called before each training with where the search stands: what has to
+        be kept, besides the state in training, to go on after an interruption.
 
     Returns:
       The state after the last round, trained up to `steps` under the final masks.
@@ -171,31 +198,49 @@ def find_ticket(
       ValueError: `rewind_step` is before the state's step or not before `steps`, or
         the rewinding is unknown.
     """
-    if not int(state.step) <= rewind_step < steps:
+    begin = int((state.early if isinstance(state, Hunt) else state).step)
+    if not begin <= rewind_step < steps:
         raise ValueError(
-            f"expected a rewind step from {int(state.step)}, where the state stands, "
+            f"expected a rewind step from {begin}, where the state stands, "
             f"to {steps - 1}, got {rewind_step}"
         )
     if rewinding not in ("weights", "learning_rate"):
         raise ValueError(
             f"expected rewinding 'weights' or 'learning_rate', got {rewinding!r}"
         )
-    state = fit(state, rewind_step)
-    early = jax.tree.map(jnp.copy, state)
-    ticket = _ticket(early)
-    state = fit(state, steps)
-    for number, sparsity in enumerate(sparsities, start=1):
+
+    hunt = state if isinstance(state, Hunt) else begin_hunt(state)
+    number = int(hunt.number)
+
+    def trained(hunt: Hunt, stop: int) -> Hunt:
+        if on_stretch is not None:
+            on_stretch(hunt)
+        return hunt._replace(state=fit(hunt.state, stop))
+
+    def finish_round(hunt: Hunt) -> Hunt:
+        hunt = trained(hunt, steps)
         if on_round is not None:
-            on_round(number - 1, state, ticket)
-        key, old = jax.random.fold_in(early.key, number), get_masks(state.opt_state)
-        masks = prune_live(state.params, old, sparsity, prunable, score, key)
-        trained = state if rewinding == "learning_rate" else None
-        state = rewind(early, masks, trained)
-        ticket = _ticket(state)
-        state = fit(state, steps)
-    if on_round is not None:
-        on_round(len(sparsities), state, ticket)
-    return state
+            on_round(int(hunt.number), hunt.state, hunt.ticket)
+        return hunt
+
+    if not number and int(hunt.state.step) <= rewind_step:
+        hunt = begin_hunt(trained(hunt, rewind_step).state)
+    hunt = finish_round(hunt)
+    for sparsity in sparsities[number:]:
+        hunt = _next_round(hunt, sparsity, prunable, score, rewinding)
+        hunt = finish_round(hunt)
+    return hunt.state
+
+
+def _next_round(
+    hunt: Hunt, sparsity: float, prunable: Prunable, score: Score, rewinding: str
+) -> Hunt:
+    number, state, early = hunt.number + 1, hunt.state, hunt.early
+    key, old = jax.random.fold_in(early.key, number), get_masks(state.opt_state)
+    masks = prune_live(state.params, old, sparsity, prunable, score, key)
+    trained = state if rewinding == "learning_rate" else None
+    state = rewind(early, masks, trained)
+    return Hunt(number, state, early, _ticket(state))
 
 
 def _ticket(state: TrainState) -> Ticket:

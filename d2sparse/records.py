@@ -6,10 +6,12 @@ A run directory belongs to one configuration and holds
     metrics.jsonl        one line per measurement, in the order of measuring
     tensorboard/<unit>   the same measurements for TensorBoard
     units/<unit>.json    the results of a finished unit: one method with one seed
+    checkpoints/<unit>   where an unfinished one goes on, see `d2sparse.checkpoint`
     summary.json         the results of the whole run, next to tables and figures
 
 The same command with the same directory resumes: finished units are read back, and an
-unfinished one starts afresh. Files appear whole or not at all.
+unfinished one goes on from its last checkpoint, or starts afresh where it has none.
+Files appear whole or not at all.
 """
 
 import dataclasses
@@ -58,21 +60,42 @@ class Run:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    def start(self, unit: Unit) -> None:
-        """Begins a unit, forgetting what an interrupted attempt at it has measured."""
+    def start(self, unit: Unit, lines: int = 0) -> None:
+        """Begins a unit, or goes on with it after its first lines of measurements.
+
+        Args:
+          unit: what is measured from now on.
+          lines: how many lines of an interrupted attempt at it still hold; the others
+            are forgotten.
+
+        Raises:
+          ValueError: there are not as many lines.
+        """
         path = self.workdir / "metrics.jsonl"
-        lines = _complete_lines(path)
-        kept = [line for line in lines if json.loads(line)["unit"] != unit.name]
+        everything = _complete_lines(path)
+        own = [line for line in everything if json.loads(line)["unit"] == unit.name]
+        if len(own) < lines:
+            raise ValueError(
+                f"expected {lines} lines of {unit.name} in {path}, as its checkpoint "
+                f"says, got {len(own)}; remove that checkpoint to begin the unit anew"
+            )
+        others = [line for line in everything if json.loads(line)["unit"] != unit.name]
         # Also without the end of a line that a crash has cut.
-        _write(path, "".join(kept))
+        _write(path, "".join(others + own[:lines]))
         events = self.workdir / "tensorboard" / unit.name
         shutil.rmtree(events, ignore_errors=True)
         self._writers[unit] = SummaryWriter(str(events))
+        for line in own[:lines]:
+            fields = _from_json(line)
+            named = {"unit", *Unit._fields, "step"}
+            values = {k: v for k, v in fields.items() if k not in named}
+            self._show(unit, fields["step"], values)
 
     def log(self, unit: Unit, step: int, metrics: Mapping[str, ArrayLike]) -> None:
         """Appends one line of measurements, and the same scalars for TensorBoard.
 
-        The line holds the fields unit, method, seed and step, then the metrics.
+        The line holds the fields unit, method, seed and step, then the metrics. It is
+        on disk when the call returns.
 
         Args:
           unit: what was measured; it has been started.
@@ -91,9 +114,9 @@ class Run:
         values = {name: _scalar(name, value) for name, value in metrics.items()}
         with (self.workdir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(_to_json({**fields, **values})) + "\n")
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._writers[unit].add_scalar(name, value, int(step))
+            file.flush()
+            os.fsync(file.fileno())
+        self._show(unit, int(step), values)
 
     def finish(self, unit: Unit, results: Mapping[str, Any]) -> None:
         """Records the results of a unit, which is not repeated from now on.
@@ -117,6 +140,19 @@ class Run:
         results: dict[str, Any] = _from_json(path.read_text(encoding="utf-8"))
         return results
 
+    def fail(self, unit: Unit, why: str) -> None:
+        """Records that a unit has no results, and why; it is not repeated either."""
+        self.finish(unit, {"failed": why})
+
+    def failures(self) -> dict[str, str]:
+        """Why units have failed, by their names."""
+        found = {}
+        for path in sorted((self.workdir / "units").glob("*.json")):
+            results = _from_json(path.read_text(encoding="utf-8"))
+            if "failed" in results:
+                found[path.stem] = results["failed"]
+        return found
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, the results of the whole run."""
         _write_json(self.workdir / "summary.json", summary)
@@ -129,6 +165,11 @@ class Run:
         """Writes a figure to figures/<name>.png."""
         path = self.workdir / "figures" / f"{name}.png"
         _replace(path, lambda file: figure.savefig(file, format="png"))
+
+    def _show(self, unit: Unit, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._writers[unit].add_scalar(name, value, step)
 
     def _results(self, unit: Unit) -> Path:
         return self.workdir / "units" / f"{unit.name}.json"
@@ -165,6 +206,17 @@ def open_run(workdir: str | os.PathLike[str], config: Any) -> Run:
         )
     _write_json(recorded, dataclasses.asdict(config))
     return Run(path)
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that tell one run from another, as JSON has them.
+
+    Args:
+      config: a dataclass; fields declared with `compare=False` are left out.
+    """
+    ignored = _ignored(config)
+    fields = _to_json(dataclasses.asdict(config)).items()
+    return {name: value for name, value in fields if name not in ignored}
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -291,6 +343,10 @@ def _make_writable(path: Path) -> None:
         )
 
 
+def _ignored(config: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(config) if not field.compare}
+
+
 def _refuse_other_config(recorded: Path, config: Any) -> None:
     """Raises if a field that counts differs from config.json."""
     try:
@@ -299,8 +355,7 @@ def _refuse_other_config(recorded: Path, config: Any) -> None:
         raise ValueError(
             f"{recorded} is not the configuration of a run; give another --workdir"
         ) from None
-    new = _to_json(dataclasses.asdict(config))
-    ignored = {field.name for field in dataclasses.fields(config) if not field.compare}
+    new, ignored = identity(config), _ignored(config)
     differing = [
         f"{name} was {old.get(name, 'absent')} and is {new.get(name, 'absent')}"
         for name in {**new, **old}

@@ -10,6 +10,8 @@ import contextlib
 import difflib
 import functools
 import os
+import shlex
+import signal
 import sys
 import typing
 from argparse import ArgumentTypeError
@@ -21,6 +23,8 @@ import jax
 import simple_parsing
 from absl import app, flags, logging
 from simple_parsing.wrappers import DataclassWrapper, FieldWrapper
+
+from experiments import processes
 
 ConfigT = TypeVar("ConfigT")
 
@@ -63,14 +67,24 @@ def run_or_exit(run: Callable[[ConfigT], object], config: ConfigT) -> None:
     if not flags.FLAGS.is_parsed() or not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
-        run(config)
+        with processes.joined(getattr(config, "distributed", "")):
+            run(config)
     except ValueError as error:
         logging.debug("The error below was raised here:", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes its --workdir", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:
+        logging.debug("The error below was raised here:", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        print(
+            f"stopped by {signal.Signals(number).name}; to go on where it stopped, run "
+            f"the same command again:\n    {_own_command()}",
+            file=sys.stderr,
+        )
+        sys.exit(128 + number)
 
 
 def parse_flags(config_type: type[ConfigT], argv: Sequence[str]) -> ConfigT:
@@ -128,6 +142,12 @@ def use_compilation_cache() -> None:
         directory.mkdir(parents=True, exist_ok=True)
     if os.access(directory, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def _own_command() -> str:
+    module = sys.modules["__main__"].__spec__
+    program = ["python", "-m", module.name] if module else ["python", sys.argv[0]]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 class _Parser(simple_parsing.ArgumentParser):

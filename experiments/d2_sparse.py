@@ -24,7 +24,6 @@ from experiments import cli, results, units
 from experiments.methods import METHODS, SINGLES, Choices, MethodName, make_method
 from experiments.singles import Method
 from experiments.task import (
-    Splits,
     Task,
     TaskConfig,
     check_least,
@@ -93,36 +92,19 @@ def run(config: Config) -> dict[str, Any]:
     }
     out = records.open_run(config.workdir or _default_workdir(config), config)
 
-    def run_one(unit: records.Unit, splits: Splits, note: units.Note) -> None:
-        run_unit(out, unit, methods[unit.method], splits, note)
+    def conclude(unit: records.Unit, state: TrainState) -> dict[str, Any]:
+        if unit == records.Unit("d2_sparse", 0):
+            lines = records.read_metrics(out.workdir)
+            own = [line for line in lines if line["unit"] == unit.name]
+            overlaps = [(line["step"], line["overlap"]) for line in own]
+            out.save_figure("masks", _picture(state, overlaps))
+        return {}
 
-    units.run_each(config, out, source, methods, run_one)
+    def learn(jobs: Sequence[units.Job]) -> None:
+        units.learn(config, out, methods, conclude, jobs, _mask_statistics)
+
+    units.run_each(config, out, source, methods, learn)
     return report(config, task, out)
-
-
-def run_unit(
-    out: records.Run,
-    unit: records.Unit,
-    method: Method,
-    splits: Splits,
-    note: units.Note,
-) -> None:
-    """Trains one method with one seed and records what it learned and cost.
-
-    Args:
-      out: where to.
-      unit: which method and seed.
-      method: the method.
-      splits: the data of the seed.
-      note: called with what is going on.
-    """
-    state, found = units.learn(out, unit, method, splits, note, _mask_statistics)
-    if unit == records.Unit("d2_sparse", 0):
-        lines = records.read_metrics(out.workdir)
-        own = [line for line in lines if line["unit"] == unit.name]
-        overlaps = [(line["step"], line["overlap"]) for line in own]
-        out.save_figure("masks", _picture(state, overlaps))
-    out.finish(unit, found)
 
 
 def report(config: Config, task: Task, out: records.Run) -> dict[str, Any]:
@@ -134,12 +116,12 @@ def report(config: Config, task: Task, out: records.Run) -> dict[str, Any]:
     for row in rows:
         if "rigl" in finished and row["method"] != "rigl":
             own = finished[row["method"]]
-            difference = results.difference(own, finished["rigl"])
-            row["to_rigl"], row["to_rigl_error"] = difference
+            row |= results.difference("to_rigl", own, finished["rigl"])
     lines = records.read_metrics(out.workdir)
     curves = plots.learning_curves(lines, *results.curve_key(lines), percent=True)
     out.save_figure("learning_curves", curves)
-    cost = plots.accuracy_against_cost(rows, f"{results.judged(config)} accuracy")
+    measured = results.measured(rows)
+    cost = plots.accuracy_against_cost(measured, f"{results.judged(config)} accuracy")
     out.save_figure("accuracy_against_cost", cost)
     return results.publish(config, out, "methods", rows, _COLUMNS)
 

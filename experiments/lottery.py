@@ -16,7 +16,7 @@ from one by `--ticket`.
 
 import dataclasses
 import shutil
-import time
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -27,10 +27,10 @@ from d2sparse.masks import dense_masks
 from d2sparse.train import TrainState
 from d2sparse.transforms import freeze, get_masks, sparsify
 from experiments import cli, results, units
-from experiments.singles import Network, Recipe, make_network, metered, rewind_step
+from experiments.methods import hunt_tickets
+from experiments.singles import Network, Recipe, make_network, rewind_step
 from experiments.task import (
     PrunableName,
-    Splits,
     Task,
     TaskConfig,
     check_choice,
@@ -101,10 +101,11 @@ def run(config: Config) -> dict[str, Any]:
     network = make_network(task, Recipe(rule, wrap=wrap))
     out = records.open_run(config.workdir or default_workdir("lottery", config), config)
 
-    def run_one(unit: records.Unit, splits: Splits, note: units.Note) -> None:
-        run_unit(config, task, network, sparsities, out, unit, splits, note)
+    def learn(jobs: Sequence[units.Job]) -> None:
+        for job in jobs:
+            run_unit(config, task, network, sparsities, out, job)
 
-    units.run_each(config, out, source, config.score, run_one)
+    units.run_each(config, out, source, config.score, learn)
     return report(config, task, [0.0, *sparsities], out)
 
 
@@ -140,45 +141,56 @@ def run_unit(
     network: Network,
     sparsities: list[float],
     out: records.Run,
-    unit: records.Unit,
-    splits: Splits,
-    note: units.Note,
+    job: units.Job,
 ) -> None:
     """Finds the tickets of one seed, and records what each round learned and cost."""
-    out.start(unit)
-    note(f"{unit.name}, compiling")
+    unit, splits = job.unit, job.splits
+    session = units.open_session(config, out, network, job)
+    key = jax.random.key(unit.seed)
+    hunt = session.begin(
+        lambda: lottery.begin_hunt(network.init(key, splits.train)),
+        lambda hunt: hunt.state,
+    )
     tickets = out.workdir / "tickets" / unit.name
-    shutil.rmtree(tickets, ignore_errors=True)  # Of an interrupted attempt.
-    measure = units.make_measure(out, unit, network, splits, note)
-    train_to, spent = metered(task, network, splits.train, measure)
-    begin, rounds = time.perf_counter(), []
+    names = [
+        f"round{number}-sparsity-{sparsity:.4f}"
+        for number, sparsity in enumerate([0.0, *sparsities])
+    ]
+    known = names[: len(session.ledger.rounds)]
+    for ticket in tickets.glob("*"):
+        if ticket.name not in known:
+            shutil.rmtree(ticket)  # Of an interrupted attempt.
 
     def on_round(number: int, state: TrainState, ticket: Ticket) -> None:
         found = units.judge(network, state, splits) | {
             "sparsity": results.sparsity(get_masks(state.opt_state), task),
-            "training_macs": spent(),
-            "seconds": time.perf_counter() - begin,
+            "training_macs": session.ledger.spent,
+            "seconds": session.seconds,
         }
         if config.losers == "zero":
-            sparsity = [0.0, *sparsities][number]
-            path = tickets / f"round{number}-sparsity-{sparsity:.4f}"
-            found["ticket_bytes"] = save_ticket(path, ticket)
-        rounds.append(found)
+            found["ticket_bytes"] = save_ticket(tickets / names[number], ticket)
+        session.ledger.rounds.append(found)
 
-    state = network.init(jax.random.key(unit.seed), splits.train)
-    measure(0, state, {})
-    lottery.find_ticket(
-        train_to,
-        state,
-        config.steps,
-        rewind_step(config.rewind_fraction, config.steps),
-        sparsities,
-        on_round,
-        task.prunable,
-        getattr(scores, unit.method),
-        config.rewinding,
-    )
-    out.finish(unit, {"rounds": rounds})
+    try:
+        hunt_tickets(
+            session,
+            network.run,
+            hunt,
+            splits.train,
+            config.steps,
+            rewind_step(config.rewind_fraction, config.steps),
+            sparsities,
+            on_round=on_round,
+            prunable=task.prunable,
+            score=getattr(scores, unit.method),
+            rewinding=config.rewinding,
+        )
+    except FloatingPointError as error:
+        out.fail(unit, str(error))
+        return
+    finally:
+        session.wait()
+    out.finish(unit, {"rounds": session.ledger.rounds})
 
 
 def report(
@@ -192,12 +204,10 @@ def report(
             row = results.summarise(score, own, task) | {"asked": sparsity}
             if number:
                 dense = _round(out, score, config.seeds, 0)
-                difference = results.difference(own, dense)
-                row["to_dense"], row["to_dense_error"] = difference
+                row |= results.difference("to_dense", own, dense)
             if number and score == "magnitude" and "random" in config.score:
                 control = _round(out, "random", config.seeds, number)
-                difference = results.difference(own, control)
-                row["to_random"], row["to_random_error"] = difference
+                row |= results.difference("to_random", own, control)
             rows.append(row)
     _draw(config, rows, out)
     columns = dict(_COLUMNS)
@@ -208,6 +218,9 @@ def report(
 
 def _draw(config: Config, rows: list[dict[str, Any]], out: records.Run) -> None:
     label = f"{results.judged(config)} accuracy"
+    rows = results.measured(rows)
+    if not rows:
+        return
     dense = rows[0] | {"method": "dense"}
     sparse = [row for row in rows if row["asked"]]
     figure = plots.accuracy_against_sparsity(sparse, label, dense)

@@ -3,8 +3,8 @@
 A method is built once and serves every seed, so its step is compiled once.
 """
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -12,17 +12,19 @@ import optax
 
 from d2sparse import dual, lottery, rules, train, tree
 from d2sparse.dual import Coupling, Dual
+from d2sparse.lottery import Hunt
 from d2sparse.masks import dense_masks
 from d2sparse.schedules import at
-from d2sparse.train import Data, Report, TrainState
+from d2sparse.train import Data, Runner, TrainState
 from d2sparse.transforms import sparsify
+from experiments.session import Session
 from experiments.singles import (
     Method,
     Recipe,
     make_network,
-    metered,
     rewind_step,
     single,
+    train_through,
 )
 from experiments.task import Task
 
@@ -60,12 +62,44 @@ def imp(task: Task, rounds: int, rewind_fraction: float) -> Method:
     network = make_network(task, Recipe(rules.fixed(dense_masks(task.params))))
     sparsities = lottery.round_sparsities(task.sparsity, rounds)
 
-    def fit(state: TrainState, data: Data, report: Report) -> tuple[TrainState, float]:
-        train_to, spent = metered(task, network, data, report)
-        state = lottery.find_ticket(train_to, state, task.steps, step, sparsities)
-        return state, spent()
+    def init(key: jax.Array, data: Data) -> Hunt:
+        return lottery.begin_hunt(network.init(key, data))
 
-    return Method(network.init, fit, network.predict, network.costs)
+    def fit(
+        sessions: Sequence[Session], hunts: Sequence[Hunt], data: Sequence[Data]
+    ) -> list[TrainState]:
+        return [
+            hunt_tickets(session, network.run, hunt, own, task.steps, step, sparsities)
+            for session, hunt, own in zip(sessions, hunts, data, strict=True)
+        ]
+
+    return Method(init, fit, network.predict, network.costs, state=_in_training)
+
+
+def hunt_tickets(
+    session: Session,
+    run: Runner,
+    hunt: Hunt,
+    data: Data,
+    steps: int,
+    rewind_step: int,
+    sparsities: Sequence[float],
+    **options: Any,
+) -> TrainState:
+    """`lottery.find_ticket` of one unit, from wherever it stands; returns its end."""
+    stands = hunt
+
+    def on_stretch(hunt: Hunt) -> None:
+        nonlocal stands
+        stands = hunt
+
+    def fit(state: TrainState, stop: int) -> TrainState:
+        rest = stands
+        return session.train(run, state, data, stop, lambda s: rest._replace(state=s))
+
+    return lottery.find_ticket(
+        fit, hunt, steps, rewind_step, sparsities, on_stretch=on_stretch, **options
+    )
 
 
 def pair(
@@ -84,11 +118,14 @@ def pair(
     step = dual.make_dual_step(
         models, transforms, coupling, task.augment, task.smoothing, task.growth_samples
     )
-    run, forward = train.make_runner(step), train.make_predict(task.model)
+    run = train.make_runner(step, task.mesh)
+    forward = train.make_predict(task.model)
 
     def init(key: jax.Array, data: Data) -> TrainState:
         mask_key, key = jax.random.split(key)
-        return dual.init_pair(models, tx(mask_key), data, key, coupling)
+        return dual.init_pair(
+            models, tx(mask_key), data, key, coupling, skip_faults=task.skip_faults
+        )
 
     def costs(state: TrainState, data: Data) -> dict[str, float]:
         return dual.pair_macs(
@@ -99,9 +136,8 @@ def pair(
             batch_size=min(task.batch_size, len(data.labels)),
         )
 
-    def fit(state: TrainState, data: Data, report: Report) -> tuple[TrainState, float]:
-        state = task.fit(run, state, data, report=report)
-        return state, task.steps * costs(state, data)["training"]
+    def training_macs(state: TrainState, data: Data) -> float:
+        return task.steps * costs(state, data)["training"]
 
     def predict(state: TrainState, data: Data) -> dict[str, np.ndarray]:
         return dual.pair_predictions(Dual(forward, forward), state, data)
@@ -109,7 +145,13 @@ def pair(
     def stored_and_inference(state: TrainState, data: Data) -> tuple[int, float]:
         return dual.stored_numbers(state), costs(state, data)[dual.headline(state)]
 
-    return Method(init, fit, predict, stored_and_inference)
+    return Method(
+        init,
+        train_through(run, task.steps),
+        predict,
+        stored_and_inference,
+        training_macs=training_macs,
+    )
 
 
 def sparse_pair(task: Task, choices: Choices) -> Method:
@@ -162,6 +204,10 @@ def make_method(name: str, task: Task, choices: Choices) -> Method:
     if name not in builders:
         raise ValueError(f"expected a method of {', '.join(METHODS)}, got {name!r}")
     return builders[name]()
+
+
+def _in_training(hunt: Hunt) -> TrainState:
+    return hunt.state
 
 
 def _plans(task: Task, preset: str) -> Dual:

@@ -12,21 +12,17 @@ with its standard error; figures show accuracy against sparsity, and how it was 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from d2sparse import data, plots, records, tree
 from d2sparse.distributions import check_sparsity
 from d2sparse.lottery import Ticket
-from experiments import cli, results, units
-from experiments.recipes import (
-    RECIPES,
-    Options,
-    RecipeName,
-    make_recipe,
-)
-from experiments.singles import Method, single
+from d2sparse.train import TrainState
+from experiments import cli, recipes, results, units
+from experiments.recipes import LEARNED_SPARSITY, RECIPES, Options, RecipeName
+from experiments.singles import Method
 from experiments.task import (
-    Splits,
     Task,
     TaskConfig,
     default_workdir,
@@ -46,6 +42,7 @@ _COLUMNS = {
     "relative_macs": "training MACs",
     "seconds": "seconds",
 }
+_ANEW = {"dense", "static", "str"}  # They do not go on from a ticket.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +90,14 @@ def run(config: Config) -> dict[str, Any]:
     methods = {point.name: make_method(point, task, config) for point in points}
     out = records.open_run(config.workdir or default_workdir("prune", config), config)
 
-    def run_one(unit: records.Unit, splits: Splits, note: units.Note) -> None:
-        method = methods[unit.method]
-        state, found = units.learn(out, unit, method, splits, note)
-        measured = results.sparsity(method.live(state), task)
-        out.finish(unit, found | {"sparsity": measured})
+    def conclude(unit: records.Unit, state: TrainState) -> dict[str, float]:
+        live = methods[unit.method].live(state)
+        return {"sparsity": results.sparsity(live, task)}
 
-    units.run_each(config, out, source, methods, run_one)
+    def learn(jobs: Sequence[units.Job]) -> None:
+        units.learn(config, out, methods, conclude, jobs)
+
+    units.run_each(config, out, source, methods, learn)
     return report(config, task, points, out)
 
 
@@ -119,7 +117,7 @@ def list_points(config: Config) -> list[Point]:
             "expected a --ticket whose masks fixed can keep, got none; `python -m "
             "experiments.lottery` saves tickets"
         )
-    if config.ticket and (anew := {"dense", "static"} & set(config.rules)):
+    if config.ticket and (anew := _ANEW & set(config.rules)):
         raise ValueError(
             f"expected rules that go on from a ticket, got {', '.join(sorted(anew))}; "
             "choose --rules=fixed to keep its masks"
@@ -128,7 +126,7 @@ def list_points(config: Config) -> list[Point]:
     for rule in dict.fromkeys(config.rules):
         # These move the weights of a ticket, as many as it has.
         moves = config.ticket and rule in ("set", "rigl", "sparse_momentum")
-        free = moves or rule in ("dense", "fixed")
+        free = moves or rule in ("dense", "fixed", *LEARNED_SPARSITY)
         sparsities = [None] if free else sorted(set(config.sparsities))
         points += [Point(rule, sparsity) for sparsity in sparsities]
     return points
@@ -145,7 +143,7 @@ def make_method(point: Point, task: Task, config: Config) -> Method:
     task = task._replace(sparsity=point.sparsity or 0.0, prunable=prunable)
     if task.ticket is not None and point.sparsity is not None:
         _check_sparser(point.sparsity, task.ticket, task)
-    return single(task, make_recipe(point.rule, task, config))
+    return recipes.make_method(point.rule, task, config)
 
 
 def _check_sparser(sparsity: float, ticket: Ticket, task: Task) -> None:
@@ -168,8 +166,7 @@ def report(
         own = finished[point.name]
         row = results.summarise(point.rule, own, task) | {"asked": point.sparsity}
         if "dense" in finished and point.rule != "dense":
-            difference = results.difference(own, finished["dense"])
-            row["to_dense"], row["to_dense_error"] = difference
+            row |= results.difference("to_dense", own, finished["dense"])
         rows.append(row)
     _draw_curves(points, out)
     _draw_sparsities(config, rows, out)
@@ -198,6 +195,7 @@ def _draw_sparsities(
     config: Config, rows: list[dict[str, Any]], out: records.Run
 ) -> None:
     label = f"{results.judged(config)} accuracy"
+    rows = results.measured(rows)
     sparse = [row for row in rows if row["method"] != "dense"]
     dense = next((row for row in rows if row["method"] == "dense"), None)
     if sparse:

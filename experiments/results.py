@@ -16,9 +16,14 @@ _DIFFERENCES = ("to_dense", "to_random", "to_rigl")
 
 
 def gather(out: records.Run, name: str, seeds: int) -> dict[int, dict[str, Any]]:
-    """The results of a method by seed, of the seeds that have finished."""
+    """The results of a method by seed, of the seeds that have come to their end."""
     found = {seed: out.finished(records.Unit(name, seed)) for seed in range(seeds)}
-    return {seed: results for seed, results in found.items() if results is not None}
+    return {seed: own for seed, own in found.items() if own and "failed" not in own}
+
+
+def measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows for which at least one seed has come to its end."""
+    return [row for row in rows if row["seeds"]]
 
 
 def sparsity(masks: PyTree, task: Task) -> float:
@@ -36,6 +41,8 @@ def summarise(name: str, results: Results, task: Task) -> dict[str, Any]:
       results: of its units by seed.
       task: what was learned; training costs are relative to its dense network.
     """
+    if not results:
+        return {"method": name, "seeds": 0}
     mean = {
         key: float(np.mean([unit[key] for unit in results.values()]))
         for key in next(iter(results.values()))
@@ -60,12 +67,19 @@ def summarise(name: str, results: Results, task: Task) -> dict[str, Any]:
     }
 
 
-def difference(a: Results, b: Results) -> tuple[float, float]:
-    """Mean and standard error of the difference in accuracy, paired by seed."""
+def difference(name: str, a: Results, b: Results) -> dict[str, float]:
+    """Mean and standard error of the difference in accuracy, paired by seed.
+
+    Returns:
+      Both, by the name and the name with "_error"; nothing where no seed is in both.
+    """
+    if not a.keys() & b.keys():
+        return {}
     one, other = (
         {seed: unit["accuracy"] for seed, unit in results.items()} for results in (a, b)
     )
-    return records.paired_difference(one, other)[:2]
+    mean, error, _ = records.paired_difference(one, other)
+    return {name: mean, f"{name}_error": error}
 
 
 def judged(config: TaskConfig) -> str:
@@ -98,6 +112,8 @@ def cells(row: Mapping[str, Any], error: str = "standard_error") -> dict[str, st
       row: as `summarise` returns it.
       error: the field that stands behind the accuracy.
     """
+    if not row["seeds"]:
+        return {"method": row["method"], "accuracy": "failed"}
     text = {
         key: signed_percent(row[key], row[f"{key}_error"])
         for key in _DIFFERENCES
@@ -139,7 +155,10 @@ def publish(
     """
     titles = {**columns, "accuracy": f"{judged(config)} accuracy %"}
     table = records.markdown_table([cells(row, error) for row in rows], titles)
-    summary = {"config": dataclasses.asdict(config), kind: rows}
+    failed = out.failures()
+    for name, why in failed.items():
+        table += f"\n\n{name} failed and is not counted: {why}"
+    summary = {"config": dataclasses.asdict(config), kind: rows, "failed": failed}
     out.write_summary(summary)
     out.write_text("table.md", table + "\n")
     console = Console(soft_wrap=True)

@@ -1,6 +1,6 @@
 """One network, and how it becomes sparse."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +13,10 @@ from d2sparse.models import Model
 from d2sparse.reparam import nonzero_masks
 from d2sparse.rules import MaskRule
 from d2sparse.schedules import When, at
-from d2sparse.train import Data, Report, Step, TrainState
+from d2sparse.train import Data, Runner, Step, TrainState
 from d2sparse.transforms import get_masks, sparsify
 from d2sparse.tree import PyTree
+from experiments.session import Session, train_together
 from experiments.task import Task
 
 
@@ -23,20 +24,27 @@ class Method(NamedTuple):
     """One way to learn from few labels, built once for all seeds.
 
     Attributes:
-      init: `(key, data) -> state`.
-      fit: `(state, data, report) -> (state, MACs)`: the whole training, and its cost in
-        multiply-accumulates per example of a batch, summed over the steps.
+      init: `(key, data) -> begun`, where training starts: a state, or what holds one.
+      fit: `(sessions, begun, data) -> states`: the whole training of one or more units,
+        from wherever each of them stands.
       predict: `(state, data) -> probabilities by output`, the headline first.
       costs: `(state, data) -> (numbers stored, MACs of the headline at inference)`.
       live: `state -> masks` of the weights that the forward pass sees; None where a
         method has no single answer.
+      state: `begun -> state`, what is being trained.
+      training_macs: `(state, data) -> MACs` of the whole training, per example of a
+        batch and summed over steps; None where its steps count them.
     """
 
-    init: Callable[[jax.Array, Data], TrainState]
-    fit: Callable[[TrainState, Data, Report], tuple[TrainState, float]]
+    init: Callable[[jax.Array, Data], Any]
+    fit: Callable[
+        [Sequence[Session], Sequence[Any], Sequence[Data]], Sequence[TrainState]
+    ]
     predict: Callable[[TrainState, Data], dict[str, np.ndarray]]
     costs: Callable[[TrainState, Data], tuple[int, float]]
     live: Callable[[TrainState], PyTree] | None = None
+    state: Callable[[Any], TrainState] = lambda begun: begun
+    training_macs: Callable[[TrainState, Data], float] | None = None
 
 
 class Recipe(NamedTuple):
@@ -77,7 +85,7 @@ class Network(NamedTuple):
     """
 
     init: Callable[[jax.Array, Data], TrainState]
-    run: Step
+    run: Runner
     predict: Callable[[TrainState, Data], dict[str, np.ndarray]]
     costs: Callable[[TrainState, Data], tuple[int, float]]
     live: Callable[[TrainState], PyTree]
@@ -87,11 +95,25 @@ def single(task: Task, recipe: Recipe) -> Method:
     """One network that is trained by a recipe."""
     network = make_network(task, recipe)
 
-    def fit(state: TrainState, data: Data, report: Report) -> tuple[TrainState, float]:
-        train_to, spent = metered(task, network, data, report)
-        return train_to(state, task.steps), spent()
+    return Method(
+        network.init,
+        train_through(network.run, task.steps),
+        network.predict,
+        network.costs,
+        network.live,
+    )
 
-    return Method(network.init, fit, network.predict, network.costs, network.live)
+
+def train_through(run: Runner, steps: int) -> Callable[..., Sequence[TrainState]]:
+    """`Method.fit` of a single training to its last step."""
+
+    def fit(
+        sessions: Sequence[Session], states: Sequence[TrainState], data: Sequence[Data]
+    ) -> Sequence[TrainState]:
+        arounds = [_itself] * len(states)
+        return train_together(sessions, run, states, data, steps, arounds)
+
+    return fit
 
 
 def make_network(task: Task, recipe: Recipe) -> Network:
@@ -114,7 +136,9 @@ def make_network(task: Task, recipe: Recipe) -> Network:
 
     def init(key: jax.Array, data: Data) -> TrainState:
         mask_key, key = jax.random.split(key)
-        state = train.init_state(model, make_tx(mask_key), data, key)
+        state = train.init_state(
+            model, make_tx(mask_key), data, key, skip_faults=task.skip_faults
+        )
         if task.ticket is not None:
             state = lottery.start_from(task.ticket, state)
         if recipe.choose is None:
@@ -142,34 +166,8 @@ def make_network(task: Task, recipe: Recipe) -> Network:
         stored = sum(int(mask.sum()) for mask in jax.tree.leaves(seen))
         return stored, float(macs.masked_macs(task.macs, seen))
 
-    run = train.make_runner(_with_cost(step, cost))
+    run = train.make_runner(_with_cost(step, cost), task.mesh)
     return Network(init, run, predict, costs, live)
-
-
-def metered(
-    task: Task, network: Network, data: Data, report: Report
-) -> tuple[lottery.Fit, Callable[[], float]]:
-    """Training in one or more rounds that counts steps and costs over all of them.
-
-    Returns:
-      `(state, step) -> state`, which trains up to a step, and the multiply-accumulates
-      spent so far, per example of a batch.
-    """
-    taken, spent = 0, 0.0
-
-    def train_to(state: TrainState, stop: int) -> TrainState:
-        last = int(state.step)
-
-        def counted(step: int, state: TrainState, logs: dict[str, float]) -> None:
-            nonlocal taken, spent, last
-            taken += step - last
-            spent += (step - last) * logs.pop("macs")
-            last = step
-            report(taken, state, logs)
-
-        return task.fit(network.run, state, data, steps=stop, report=counted)
-
-    return train_to, lambda: spent
 
 
 def rewind_step(fraction: float, steps: int) -> int:
@@ -226,6 +224,10 @@ def _with_effective(
         return model.apply(effective(params), *args, **kwargs)
 
     return Model(model.init, apply)
+
+
+def _itself(state: TrainState) -> TrainState:
+    return state
 
 
 def _all(mask: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from d2sparse import data, macs, models, train, tree
 from d2sparse.data import Augment
@@ -21,7 +22,7 @@ from d2sparse.distributions import check_sparsity
 from d2sparse.lottery import Ticket
 from d2sparse.models import Model
 from d2sparse.schedules import refresh_interval, refresh_stop
-from d2sparse.train import Data, Step, TrainState
+from d2sparse.train import Data
 from d2sparse.tree import Prunable, PyTree, is_kernel
 from experiments.tickets import load_ticket
 
@@ -34,6 +35,9 @@ _LEAST = {
     "report_every": 1,
     "refresh_interval": 0,
     "growth_samples": 0,
+    "checkpoint_every": 0,
+    "keep_checkpoints": 1,
+    "data_parallel": 0,
     "learning_rate": 0,
     "momentum": 0,
     "weight_decay": 0,
@@ -75,6 +79,17 @@ class TaskConfig:
     jitter: float = 0.0  # augmentation: strength of colour jitter
 
     report_every: int = 100  # steps between two measurements
+    # What an update that is not finite does: it stops its unit, or is left out.
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    # Steps between two checkpoints; 0: once a minute. A signal saves one as well.
+    checkpoint_every: int = dataclasses.field(default=0, compare=False)
+    # How many of the latest checkpoints of a unit are kept, besides its best.
+    keep_checkpoints: int = dataclasses.field(default=2, compare=False)
+    # Devices that every batch is cut up between; 0: all of them.
+    data_parallel: int = dataclasses.field(default=1, compare=False)
+    # Several processes of one run: "auto" on a cluster that jax knows, or
+    # HOST:PORT,COUNT,INDEX, where the host is that of process 0. They share the workdir.
+    distributed: str = dataclasses.field(default="", compare=False)
     workdir: str = dataclasses.field(default="", compare=False)  # run directory
     progress: bool = dataclasses.field(default=True, compare=False)  # live display
 
@@ -95,9 +110,10 @@ class Task(NamedTuple):
       batch_size: examples per step.
       growth_samples: examples of a growth gradient.
       interval: steps between two refreshes of a mask.
-      every: steps between two reports.
+      skip_faults: whether updates that are not finite are left out.
       image_shape: of one example, the channels last.
       ticket: the weights and masks that single networks begin with; None draws them.
+      mesh: the devices that batches are cut up between; None for one.
       prunable: which leaves may be pruned.
     """
 
@@ -113,20 +129,16 @@ class Task(NamedTuple):
     batch_size: int
     growth_samples: int
     interval: int
-    every: int
+    skip_faults: bool
     image_shape: tuple[int, ...]
     ticket: Ticket | None
+    mesh: Mesh | None = None
     prunable: Prunable = is_kernel
 
     def mean_interval(self, interval: int) -> float | None:
         """Steps per refresh over the whole run, None if there is no refresh."""
         refreshes = (refresh_stop(self.steps) - 1) // interval
         return self.steps / refreshes if refreshes else None
-
-    def fit(self, run: Step, state: TrainState, data: Data, **kwargs: Any) -> Any:
-        """`train.fit` for the steps and the batch size of the task."""
-        given = {"steps": self.steps, "every": self.every, **kwargs}
-        return train.fit(run, state, data, batch_size=self.batch_size, **given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +194,11 @@ def make_task(
 
     Raises:
       ValueError: a number is out of its range, the network or the augmentation does
-        not fit the images, or the ticket does not fit the network.
+        not fit the images, the ticket does not fit the network, or a batch cannot be
+        shared evenly by the devices.
     """
     check_least(config, _LEAST)
+    check_choice("on_nonfinite", config.on_nonfinite, ("stop", "skip"))
     if not 0 <= config.label_smoothing <= 1:
         raise ValueError(
             f"expected label_smoothing in [0, 1], got {config.label_smoothing}"
@@ -214,9 +228,10 @@ def make_task(
         batch_size=config.batch_size,
         growth_samples=config.growth_samples,
         interval=config.refresh_interval or interval,
-        every=config.report_every,
+        skip_faults=config.on_nonfinite == "skip",
         image_shape=tuple(labelled.images.shape[1:]),
         ticket=load_ticket(config.ticket, params, state) if config.ticket else None,
+        mesh=_make_mesh(config, size),
     )
     _rehearse(task, labelled)
     return task
@@ -303,6 +318,23 @@ def shapes_and_macs(
     costs = macs.forward_macs(apply, variables, x)
     params, state = variables
     return params, state, {path: costs[f"0/{path}"] for path in tree.flatten(params)}
+
+
+def _make_mesh(config: TaskConfig, size: int) -> Mesh | None:
+    """The devices that batches of a data set of a size are cut up between."""
+    everything = jax.device_count()
+    count = config.data_parallel or everything
+    if jax.process_count() > 1 and count != everything:
+        raise ValueError(
+            f"expected the devices of all {jax.process_count()} processes to share "
+            f"every batch, got data_parallel={count} of {everything}; give "
+            "--data_parallel=0"
+        )
+    if count == 1:
+        return None
+    mesh = train.make_mesh(count)
+    train.check_batch(min(config.batch_size, size), mesh)
+    return mesh
 
 
 def _rehearse(task: Task, labelled: Data) -> None:

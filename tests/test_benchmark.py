@@ -468,15 +468,13 @@ def test_a_run_among_many_is_the_run_alone(members):
     rows = jnp.arange(4 * SIZES.member_steps * batch).reshape(-1, 2, batch) % len(
         data.labels
     )
-    together = train.make_runner(
-        jax.vmap(step, (training.RUNS, None, 0), (training.RUNS, 0))
-    )
-    alone = train.make_runner(step)
+    run = train.make_runner(step)
     apart = [
-        alone(jax.tree.map(jnp.copy, member(states, i)), data, rows[:, i])[0]
+        run(jax.tree.map(jnp.copy, member(states, i)), data, rows[:, i])[0]
         for i in range(2)
     ]
-    stacked, _ = together(jax.tree.map(jnp.copy, states), data, rows)
+    both = train.stack_runs([data] * 2)
+    stacked, _ = run(jax.tree.map(jnp.copy, states), both, rows)
     for i, expected in enumerate(apart):
         after = member(stacked, i)
         assert int(after.step) == int(expected.step) == 2 * SIZES.member_steps
@@ -488,7 +486,7 @@ def test_a_run_among_many_is_the_run_alone(members):
 
 def test_a_refresh_of_many_runs_is_still_a_branch(members):
     data, step, states = members
-    vmapped = jax.vmap(step, (training.RUNS, None, 0), (training.RUNS, 0))
+    vmapped = jax.vmap(step, (train.RUNS, None, 0), (train.RUNS, 0))
     jaxpr = str(jax.make_jaxpr(vmapped)(states, data, jnp.zeros((2, 4), jnp.int32)))
     assert re.search(r"\bcond\[", jaxpr)
 

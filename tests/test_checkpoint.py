@@ -8,8 +8,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from d2sparse import checkpoint, masks, packing, scores
-from d2sparse.checkpoint import load_sparse, save_sparse
+from d2sparse import masks, packing, scores
+from d2sparse.checkpoint import load_sparse, save_sparse, sparse, store
 from d2sparse.models import lenet5
 from d2sparse.tree import flatten, prunable_leaves, replace
 
@@ -164,15 +164,16 @@ def test_a_checkpoint_of_another_model_names_the_leaf(saved, leaf, message):
 
 
 def test_a_mask_that_contradicts_the_values_names_the_leaf(saved, tmp_path):
-    sparse = checkpoint._read(saved[0])
-    sparse.masks["head"] = ~sparse.masks["head"] | 1
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "wrong", sparse._asdict())
+    arrays, notes = store.read(saved[0])
+    arrays["masks/head"] = ~arrays["masks/head"] | 1
+    store.write(tmp_path / "wrong", arrays, notes)
     with pytest.raises(ValueError, match="values at 'head', as many as its mask"):
         load_sparse(tmp_path / "wrong", saved[1])
 
 
-@pytest.mark.parametrize("what", ["missing", "empty", "foreign", "file", "other"])
+@pytest.mark.parametrize(
+    "what", ["missing", "empty", "foreign", "file", "other", "another kind"]
+)
 def test_what_is_no_sparse_checkpoint_is_refused(tmp_path, what):
     path = tmp_path / what
     if what in ("empty", "foreign"):
@@ -182,30 +183,40 @@ def test_what_is_no_sparse_checkpoint_is_refused(tmp_path, what):
     if what == "other":
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path, {"values": jnp.ones(3)})
+    if what == "another kind":
+        store.write(path, {"values": np.ones(3)}, {})
     with pytest.raises(
         ValueError, match="expected a directory written by `save_sparse`"
     ):
         load_sparse(path, {"values": jnp.ones(3)})
 
 
-@pytest.mark.parametrize("how", ["no metadata", "no data", "half of the data"])
+@pytest.mark.parametrize(
+    "how", ["no manifest", "no data", "half of it", "a flipped bit"]
+)
 def test_a_damaged_directory_is_refused(saved, tmp_path, how):
     path = tmp_path / "copy"
     shutil.copytree(saved[0], path)
-    if how == "no metadata":
-        (path / "_METADATA").unlink()
-    else:
-        data = max(path.rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
-        kept = data.read_bytes()[: data.stat().st_size // 2]
+    data = max(path.rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    whole = data.read_bytes()
+    if how == "no manifest":
+        (path / "manifest.json").unlink()
+        message = "manifest.json: No such file or directory"
+    elif how == "no data":
         data.unlink()
-        if how == "half of the data":
-            data.write_bytes(kept)
-    with pytest.raises(ValueError, match=r"missing, damaged or something else .*; ch"):
+        message = f"{data.name}: No such file or directory"
+    elif how == "half of it":
+        data.write_bytes(whole[: len(whole) // 2])
+        message = f"{data.name} has {len(whole) // 2} bytes and had {len(whole)}"
+    else:
+        data.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        message = f"{data.name} is not what was written"
+    with pytest.raises(ValueError, match=rf"damaged or something .*{message}\); ch"):
         load_sparse(path, saved[1])
 
 
 def test_what_is_stored_is_the_compressed_form(saved):
     directory, params = saved
-    sparse = packing.compress(params, {"head": params["head"] != 0})
-    for got, expected in zip(checkpoint._read(directory), sparse, strict=True):
+    compressed = packing.compress(params, {"head": params["head"] != 0})
+    for got, expected in zip(sparse._read(directory), compressed, strict=True):
         np.testing.assert_array_equal(got["head"], expected["head"])

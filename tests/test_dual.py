@@ -434,6 +434,7 @@ def test_metrics_are_those_of_the_batch_before_the_update(data, trained):
             "loss_slow": cross_entropy(slow, labels, 0.0),
             "train_accuracy": np.mean(together.argmax(axis=1) == labels),
             "disagreement": np.mean(fast.argmax(axis=1) != slow.argmax(axis=1)),
+            "skipped": 0.0,
         }
         assert logs.keys() == expected.keys()
         for name, value in expected.items():
@@ -467,7 +468,7 @@ def separate(data):
     ):
         loss = train.make_loss(model, dimmed, SMOOTHING)
         run = train.make_runner(train.make_train_step(loss, learner, 10))
-        state = copy(train.TrainState(start.step, *parts, start.key))
+        state = copy(train.TrainState(start.step, *parts, *start[4:]))
         alone.append(train.fit(run, state, data, 8, BATCH))
     return tx, start, Dual(*alone)
 

@@ -13,7 +13,7 @@ from runs import modified, read, unit_files, without_time
 from simple_parsing.docstring import get_attribute_docstring
 
 from d2sparse import data, records
-from experiments import d2_sparse
+from experiments import d2_sparse, units
 from experiments.d2_sparse import Config
 from experiments.methods import METHODS
 
@@ -57,7 +57,7 @@ def no_training(monkeypatch):
     def fail(*_):
         raise AssertionError("something was trained")
 
-    monkeypatch.setattr(d2_sparse, "run_unit", fail)
+    monkeypatch.setattr(units, "learn", fail)
 
 
 @pytest.fixture
@@ -65,10 +65,10 @@ def draws(monkeypatch):
     """The splits each unit is given, with the training itself left out."""
     seen = {}
 
-    def record(out, unit, method, splits, note):
-        seen[unit] = splits
+    def record(config, out, methods, conclude, jobs, statistics):
+        seen.update({job.unit: job.splits for job in jobs})
 
-    monkeypatch.setattr(d2_sparse, "run_unit", record)
+    monkeypatch.setattr(units, "learn", record)
     monkeypatch.setattr(d2_sparse, "report", lambda *_: None)
     return seen
 
@@ -191,13 +191,13 @@ def test_an_interrupted_run_repeats_only_what_it_lacks(finished, tmp_path, monke
     lost.unlink()
     (resumed / "summary.json").unlink()
     before = modified(unit_files(resumed).values())
-    trained, run_unit = [], d2_sparse.run_unit
+    trained, learn = [], units.learn
 
-    def counted(out, unit, *rest):
-        trained.append(unit.name)
-        run_unit(out, unit, *rest)
+    def counted(config, out, methods, conclude, jobs, statistics):
+        trained.extend(job.unit.name for job in jobs)
+        learn(config, out, methods, conclude, jobs, statistics)
 
-    monkeypatch.setattr(d2_sparse, "run_unit", counted)
+    monkeypatch.setattr(units, "learn", counted)
     again = d2_sparse.run(dataclasses.replace(TINY, workdir=str(resumed)))
     assert trained == ["rigl-seed1"]
     assert without_time(read(lost)) == without_time(

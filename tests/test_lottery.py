@@ -25,6 +25,7 @@ from d2sparse.transforms import freeze, get_masks, sparsify
 
 SPARSITIES = (0.5, 0.75, 0.9)
 KERNELS = ("first", "head")
+NO_FAULTS = train.Faults(jnp.int32(0), jnp.int32(0), jnp.array(False))
 
 
 def perceptron():
@@ -242,6 +243,8 @@ def test_the_order_of_training_pruning_and_rewinding():
         {"statistics": jnp.float32(0)},
         tx.init(params),
         jax.random.key(0),
+        NO_FAULTS,
+        {},
     )
     events = []
 
@@ -298,7 +301,7 @@ def test_without_sparsities_a_ticket_is_the_dense_run(dense_run):
 
 @pytest.mark.parametrize("rewind_step", [-1, 5, 6])
 def test_a_rewind_step_outside_of_the_run_is_refused(rewind_step):
-    begin = TrainState(jnp.int32(0), {}, {}, (), jax.random.key(0))
+    begin = TrainState(jnp.int32(0), {}, {}, (), jax.random.key(0), NO_FAULTS, {})
     with pytest.raises(ValueError, match=f"from 0, .* to 4, got {rewind_step}"):
         find_ticket(lambda state, step: state, begin, 5, rewind_step, [0.5])
 

@@ -10,7 +10,7 @@ import pytest
 import runs
 from runs import modified, read, unit_files, without_time
 
-from d2sparse import data, records, rules, tree
+from d2sparse import data, records, rules, train, tree
 from d2sparse.lottery import round_sparsities
 from d2sparse.masks import dense_masks
 from d2sparse.transforms import get_masks
@@ -211,7 +211,7 @@ def test_a_ticket_is_the_early_weights_under_the_masks_of_its_round(tickets, lab
     task = make_task(TINY, labelled, 10, 0.0)
     network = make_network(task, Recipe(rules.fixed(dense_masks(task.params))))
     state = network.init(jax.random.key(0), labelled)
-    early = task.fit(network.run, state, labelled, steps=REWIND)
+    early = train.fit(network.run, state, labelled, REWIND, task.batch_size)
     for score in TINY.score:
         for density, ticket in zip(DENSITIES, tickets[score], strict=True):
             masks = kernels(ticket.masks)
@@ -317,7 +317,7 @@ def test_an_interrupted_unit_is_repeated_with_its_tickets(
     trained, run_unit = [], lottery.run_unit
 
     def counted(*arguments):
-        trained.append(arguments[5].name)
+        trained.append(arguments[5].unit.name)
         run_unit(*arguments)
 
     monkeypatch.setattr(lottery, "run_unit", counted)

@@ -15,10 +15,13 @@ from runs import modified, read, unit_files, without_time
 
 from d2sparse import data, macs, models, records, scores, train, tree
 from d2sparse.lottery import Ticket
+from d2sparse.reparam import powerprop
 from d2sparse.transforms import get_masks
 from experiments import prune, units
 from experiments.prune import Config, Point
-from experiments.recipes import RECIPES, Options, make_recipe
+from experiments.recipes import LEARNED_SPARSITY, RECIPES, Options, make_method
+from experiments.recipes.scored import kernel_inputs, per_output
+from experiments.session import Ledger
 from experiments.task import (
     default_workdir,
     draw_splits,
@@ -31,6 +34,7 @@ SEEDS = range(2)
 KERNELS, BIASES = 64 * 30 + 30 * 10 + 10 * 10, 30 + 10 + 10
 LIVE = round(0.25 * KERNELS)
 ZOO = tuple(rule for rule in RECIPES if rule != "fixed")  # It needs a ticket.
+TOLD = tuple(rule for rule in ZOO if rule not in LEARNED_SPARSITY)
 TINY = Config(
     seeds=1,
     width=0.1,
@@ -43,6 +47,7 @@ TINY = Config(
     sparsities=(0.75,),
     group=2,
     score_samples=64,
+    threshold_decay=2.0,  # Enough for zeros within so few steps.
     progress=False,
 )
 SWEEP = dataclasses.replace(
@@ -67,10 +72,12 @@ COST = {
     "ac_dc": (4 + 8 * 0.25) / 12,  # Dense in steps 0, 1, 3 and 5.
     "top_kast": (2 * 0.25 + 2 * 0.25) / 3,
     "sr_ste": (2 * 0.5 + 1) / 3,
+    "powerprop": (7 + 5 * 0.25) / 12,
     "snip": 0.25,
     "grasp": 0.25,
     "synflow": 0.25,
     "fisher": 0.25,
+    "wanda": (6 + 6 * 0.25) / 12,  # Pruned between two steps.
 }
 
 
@@ -91,10 +98,12 @@ def zoo(tmp_path_factory, states):
     """The rows of a finished run of all rules, by rule."""
     learn = units.learn
 
-    def remembered(out, unit, *rest):
-        state, found = learn(out, unit, *rest)
-        states[unit.method.split("-")[0]] = state
-        return state, found
+    def remembered(config, out, methods, conclude, jobs):
+        def noted(unit, state):
+            states[unit.method.split("-")[0]] = state
+            return conclude(unit, state)
+
+        learn(config, out, methods, noted, jobs)
 
     workdir = tmp_path_factory.mktemp("runs") / "zoo"
     with pytest.MonkeyPatch.context() as patch:
@@ -123,13 +132,30 @@ def labelled():
     return draw_splits(TINY, data.load("digits"), seed=0).train
 
 
+class Silent:
+    """A session that records and saves nothing."""
+
+    def __init__(self, config, report):
+        self.config, self.report, self.ledger = config, report, Ledger()
+
+    def save(self, *_):
+        pass
+
+    def interrupted(self):
+        return False
+
+
+def fit(method, config, begin, labelled, report=lambda *_: None):
+    return method.fit([Silent(config, report)], [begin], [labelled])[0]
+
+
 def learned(config, labelled, rule, sparsity=None):
     """The initial and the trained state of one rule."""
     task = make_task(config, labelled, 10, 0.0)
     method = prune.make_method(Point(rule, sparsity), task, config)
     begin = method.init(jax.random.key(0), labelled)
     copied = jax.tree.map(jnp.copy, begin)
-    return copied, method.fit(begin, labelled, lambda *_: None)[0]
+    return copied, fit(method, config, begin, labelled)
 
 
 def kernels(values):
@@ -164,7 +190,7 @@ def test_without_flags_known_rules_meet_on_digits():
     assert config.seeds >= 5
 
 
-@pytest.mark.parametrize("rule", ZOO)
+@pytest.mark.parametrize("rule", TOLD)
 def test_a_rule_reaches_the_numbers_it_was_asked_for(rule, zoo):
     # 1:2 is as sparse as pairs can be.
     live = {"dense": KERNELS, "sr_ste": KERNELS // 2}.get(rule, LIVE)
@@ -174,9 +200,9 @@ def test_a_rule_reaches_the_numbers_it_was_asked_for(rule, zoo):
     assert 0 < zoo[rule]["accuracy"] < 1
 
 
-@pytest.mark.parametrize("rule", ZOO)
+@pytest.mark.parametrize("rule", TOLD)
 def test_training_costs_what_the_masks_of_every_step_say(rule, zoo):
-    assert set(COST) == set(ZOO)
+    assert set(COST) == set(TOLD)
     np.testing.assert_allclose(zoo[rule]["relative_macs"], COST[rule], rtol=1e-3)
 
 
@@ -186,7 +212,7 @@ def test_costs_are_in_the_order_of_their_density(zoo):
     assert cost["static"] < cost["rigl"] < cost["sparse_momentum"] < cost["dense"]
 
 
-@pytest.mark.parametrize("rule", sorted(set(ZOO) - {"top_kast", "sr_ste"}))
+@pytest.mark.parametrize("rule", sorted(set(TOLD) - {"top_kast", "sr_ste"}))
 def test_what_is_pruned_is_zero_and_what_is_left_is_stored(rule, zoo, states):
     state = states[rule]
     masks = kernel_masks(state)
@@ -199,6 +225,149 @@ def test_what_is_pruned_is_zero_and_what_is_left_is_stored(rule, zoo, states):
 def test_latent_weights_stay_dense(rule, zoo, states):
     assert all(np.all(weight) for weight in kernels(states[rule].params).values())
     assert zoo[rule]["nonzeros"] < KERNELS
+
+
+def test_soft_thresholds_find_a_sparsity_of_their_own(zoo, states):
+    row, params = zoo["str"], states["str"].params
+    assert row["asked"] is None
+    zeros = 0
+    for path, weight in kernels(params["params"]).items():
+        threshold = 1 / (1 + np.exp(-float(params["thresholds"][path])))
+        zeros += np.sum(np.abs(weight) <= threshold)
+    assert 0.02 * KERNELS < zeros < KERNELS
+    # A weight at the threshold itself may round to either side of it.
+    np.testing.assert_allclose(row["nonzeros"], KERNELS + BIASES - zeros, atol=1)
+    np.testing.assert_allclose(row["sparsity"], zeros / KERNELS, atol=1e-3)
+    assert 1 - row["sparsity"] < row["relative_macs"] < 1
+
+
+def test_a_larger_decay_of_the_thresholds_leaves_fewer_weights(labelled):
+    def live(decay):
+        config = dataclasses.replace(TINY, threshold_decay=decay)
+        task = make_task(config, labelled, 10, 0.0)
+        method = prune.make_method(Point("str", None), task, config)
+        state = method.init(jax.random.key(0), labelled)
+        state = fit(method, config, state, labelled)
+        return sum(mask.sum() for mask in kernels(method.live(state)).values())
+
+    assert live(2.0) < live(1.0) < live(0.0)
+
+
+def test_powers_begin_as_the_dense_network(labelled):
+    dense, _ = learned(TINY, labelled, "dense")
+    theta, _ = learned(TINY, labelled, "powerprop", 0.5)
+    for path, weight in kernels(dense.params).items():
+        latent = kernels(theta.params)[path]
+        np.testing.assert_allclose(latent * np.abs(latent), weight, rtol=1e-5)
+
+
+def test_powers_go_on_from_a_ticket_with_its_weights(labelled, tmp_path):
+    ticket = make_ticket(labelled)
+    save_ticket(tmp_path / "ticket", ticket)
+    config = dataclasses.replace(TINY, ticket=str(tmp_path / "ticket"), power=3.0)
+    begin, end = learned(config, labelled, "powerprop", 0.75)
+    weights = kernels(powerprop(begin.params, 3.0))
+    for path, weight in kernels(ticket.params).items():
+        np.testing.assert_allclose(weights[path], weight, rtol=1e-5)
+    assert sum(mask.sum() for mask in kernel_masks(end).values()) == LIVE
+
+
+def test_wanda_keeps_as_many_weights_of_every_output(states, zoo):
+    del zoo
+    for mask in kernel_masks(states["wanda"]).values():
+        live = mask.sum(axis=0)
+        assert live.max() - live.min() <= 1
+
+
+def test_wanda_prunes_a_trained_network_by_its_own_activations(labelled):
+    config = dataclasses.replace(TINY, score_samples=len(labelled.labels))
+    task = make_task(config, labelled, 10, 0.0)
+    method = prune.make_method(Point("wanda", 0.75), task, config)
+    seen = {}
+
+    def report(step, state, logs):
+        del logs
+        seen[step] = jax.device_get(state.params), kernel_masks(state)
+
+    fit(method, config, method.init(jax.random.key(0), labelled), labelled, report)
+    (params, _), (_, masks) = seen[6], seen[10]
+    x = np.asarray(train.inputs(labelled)).reshape(len(labelled.labels), -1)
+    for layer in ("dense1", "dense2", "head"):
+        kernel = params[layer]["kernel"]
+        scores = np.abs(kernel) * np.linalg.norm(x, axis=0)[:, None]
+        for score, mask in zip(scores.T, masks[f"{layer}/kernel"].T, strict=True):
+            assert score[mask].min() > score[~mask].max() * (1 - 1e-5)
+        x = np.maximum(x @ kernel + params[layer]["bias"], 0)
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_wanda_goes_on_from_where_it_was_interrupted(step, labelled):
+    config = dataclasses.replace(TINY, checkpoint_every=3)
+    task = make_task(config, labelled, 10, 0.0)
+    method = prune.make_method(Point("wanda", 0.75), task, config)
+    saved = {}
+
+    class Saving(Silent):
+        def save(self, state, *_):
+            saved[int(state.step)] = jax.tree.map(jnp.copy, state)
+
+    begin = method.init(jax.random.key(0), labelled)
+    (end,) = method.fit([Saving(config, lambda *_: None)], [begin], [labelled])
+    again = fit(method, config, saved[step], labelled)
+    jax.tree.map(np.testing.assert_array_equal, again.params, end.params)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        get_masks(again.opt_state),
+        get_masks(end.opt_state),
+    )
+
+
+def test_wanda_compares_all_weights_where_the_distribution_is_global(labelled):
+    config = dataclasses.replace(TINY, distribution="global")
+    masks = kernel_masks(learned(config, labelled, "wanda", 0.75)[1])
+    assert sum(mask.sum() for mask in masks.values()) == LIVE
+    live = masks["dense1/kernel"].sum(axis=0)
+    assert live.max() - live.min() > 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 20])
+def test_outputs_share_what_is_eligible(count):
+    score = np.random.default_rng(0).random((2, 3, 4)).astype(np.float32)
+    score[:, :, 1] = -np.inf
+    score[0, :, 2] = -np.inf
+    (mask,) = per_output({"w": jnp.asarray(score)}, {"w": count}).values()
+    assert mask.sum() == min(count, 15)
+    assert not np.any(mask & np.isinf(score))
+    for ranks, kept in zip(
+        score.reshape(6, 4).T, np.asarray(mask).reshape(6, 4).T, strict=True
+    ):
+        assert set(np.flatnonzero(kept)) <= set(np.argsort(-ranks)[: kept.sum()])
+
+
+@pytest.mark.parametrize(
+    "name", ["lenet_300_100", "lenet5", "convnet_s", "resnet8", "resnet50", "vgg11"]
+)
+def test_what_enters_is_known_of_every_kernel(name):
+    model, x = models.make_model(name, 10), jax.ShapeDtypeStruct((2, 32, 32, 3), "f4")
+    params, state = jax.eval_shape(model.init, jax.random.key(0), x)
+    found = jax.eval_shape(
+        lambda *given: kernel_inputs(model, *given), params, state, x
+    )
+    features = {path: inputs.shape[-1] for path, inputs in found.items()}
+    assert features == {
+        path: leaf.shape[-2] for path, leaf in tree.prunable_leaves(params).items()
+    }
+    assert all(inputs.shape[0] == 2 for inputs in found.values())
+
+
+@pytest.mark.parametrize("rule", ["static", "gradual", "wanda"])
+def test_named_leaves_have_the_sparsity_of_the_table(rule, labelled):
+    table = ("head*:0.3", "dense[2]/*:0.5")
+    config = dataclasses.replace(TINY, layer_sparsities=table)
+    masks = kernel_masks(learned(config, labelled, rule, 0.75)[1])
+    live = {path: mask.sum() for path, mask in masks.items()}
+    assert (live["head/kernel"], live["dense2/kernel"]) == (70, 150)
+    assert sum(live.values()) == LIVE
 
 
 def test_random_patterns_share_the_budget_by_erk_and_magnitudes_globally(states, zoo):
@@ -333,9 +502,9 @@ def test_an_interrupted_sweep_repeats_only_what_it_lacks(swept, tmp_path, monkey
         unit_files(resumed)[name].unlink()
     trained, learn = [], units.learn
 
-    def counted(out, unit, *rest):
-        trained.append(unit.name)
-        return learn(out, unit, *rest)
+    def counted(*given):
+        trained.extend(job.unit.name for job in given[-1])
+        learn(*given)
 
     monkeypatch.setattr(units, "learn", counted)
     again = prune.run(dataclasses.replace(SWEEP, workdir=str(resumed)))
@@ -373,7 +542,7 @@ def test_a_directory_of_another_configuration_is_refused(change, message, swept)
                 {"rules": (rule,), "sparsities": (0.5, value)},
                 rf"in \[0, 1\).*got {value}",
             )
-            for rule in ("gradual", "static", "granet", "snip", "sr_ste")
+            for rule in ("gradual", "static", "granet", "snip", "sr_ste", "wanda")
             for value in (1.0, -0.1)
         ],
         ({"distribution": "erkk"}, "expected distribution of auto, .*got 'erkk'"),
@@ -385,6 +554,46 @@ def test_a_directory_of_another_configuration_is_refused(change, message, swept)
         ({"backward_density": 0.5}, "backward_density >= 1, got 0.5"),
         ({"group": 0}, "group >= 1, got 0"),
         ({"score_samples": 0}, "score_samples >= 1, got 0"),
+        ({"power": 0.5}, "power >= 1, got 0.5"),
+        ({"threshold_decay": -1.0}, "threshold_decay >= 0, got -1"),
+        *[
+            ({"layer_sparsities": (entry,)}, f"layer_sparsities of .*got '{entry}'")
+            for entry in ("head", ":0.5", "head:", "head:half", "head:1.5", "head:nan")
+        ],
+        (
+            {"layer_sparsities": ("head*:0.5", "head*:0.6")},
+            "layer_sparsities with every pattern once, got 'head",
+        ),
+        *[
+            (
+                {"rules": (rule,), "layer_sparsities": ("conv*:0.5",)},
+                r"match a prunable leaf, got 'conv\*'; .*\(--layer_sparsities\)",
+            )
+            for rule in ("static", "gradual", "snip", "wanda", "powerprop")
+        ],
+        (
+            {"rules": ("static",), "layer_sparsities": ("dense*:0.5",)},
+            r"a sparsity of at most .*\(--layer_sparsities\)",
+        ),
+        (
+            {"distribution": "global", "layer_sparsities": ("head*:0.5",)},
+            "uniform, er, erk beside layer_sparsities, got 'global'",
+        ),
+        *[
+            (
+                {"rules": (rule,), "layer_sparsities": ("head*:0.5",)},
+                f"no other pattern for {rule}, .* and layer_sparsities=head",
+            )
+            for rule in ("sr_ste", "str")
+        ],
+        (
+            {"rules": ("str",), "distribution": "uniform"},
+            "no other pattern for str, .*=unstructured and distribution=uniform",
+        ),
+        (
+            {"rules": ("str", "rigl"), "ticket": "no"},
+            "rules that go on from a ticket, got str; choose --rules=fixed",
+        ),
         *[
             (
                 {"rules": (rule,), "refresh_interval": 9},
@@ -546,7 +755,9 @@ def test_the_body_is_all_but_the_first_layer_and_the_head(name, first, labelled)
     assert set(body) == set(tree.prunable_leaves(params)) - ends
 
 
-@pytest.mark.parametrize("rule", ["gradual", "static", "top_kast", "sr_ste", "snip"])
+@pytest.mark.parametrize(
+    "rule", ["gradual", "static", "top_kast", "sr_ste", "snip", "powerprop", "wanda"]
+)
 def test_no_rule_prunes_the_ends_of_a_body(rule, labelled):
     config = dataclasses.replace(TINY, prunable="body")
     task = make_task(config, labelled, 10, 0.0)
@@ -562,13 +773,13 @@ def test_a_pattern_that_fits_the_body_alone_says_so(labelled):
     )
     options = Options(pattern="n_of_m", group=4)
     with pytest.raises(ValueError, match=r"'conv1/kernel'.*choose --prunable=body"):
-        make_recipe("gradual", task, options)
+        make_method("gradual", task, options)
     task = task._replace(prunable=make_prunable("body", task))
-    make_recipe("gradual", task, options)
+    make_method("gradual", task, options)
 
 
-@pytest.mark.parametrize("rule", ["snip", "grasp", "fisher", "synflow"])
-def test_a_score_before_training_that_is_nan_is_named(rule, labelled, monkeypatch):
+@pytest.mark.parametrize("rule", ["snip", "grasp", "fisher", "synflow", "wanda"])
+def test_a_score_on_data_that_is_nan_is_named(rule, labelled, monkeypatch):
     def broken(*_):
         return lambda params, grads, key: tree.map_with_path(
             lambda path, leaf: leaf * (jnp.nan if path == "dense2/kernel" else 1),
@@ -590,7 +801,7 @@ def test_the_forward_set_of_top_kast_is_part_of_what_is_trained(labelled):
         del step, logs
         states.append((kernels(method.live(state)), kernels(state.params)))
 
-    method.fit(method.init(jax.random.key(0), labelled), labelled, report)
+    fit(method, config, method.init(jax.random.key(0), labelled), labelled, report)
     for (live, before), (_, after) in itertools.pairwise(states):
         changed = {path: before[path] != after[path] for path in live}
         assert not any(np.any(live[path] & ~changed[path]) for path in live)

@@ -33,6 +33,14 @@ def data(digits):
     )
 
 
+def bare_state(step, seed=0):
+    """Nothing but a position in the data."""
+    faults = train.Faults(jnp.int32(0), jnp.int32(0), jnp.array(False))
+    return train.TrainState(
+        jnp.int32(step), {}, {}, (), jax.random.key(seed), faults, {}
+    )
+
+
 def perceptron(width=6):
     """One hidden layer, written without a library."""
 
@@ -280,7 +288,8 @@ def test_loop_and_scan_give_the_same_numbers(data, sparse_run, convolution, netw
     looped, scanned = arrays(looped), arrays(scanned)
     for path in looped:
         np.testing.assert_allclose(scanned[path], looped[path], atol=1e-5, err_msg=path)
-    assert set(loop_logs) == set(scan_logs) == {"loss", "train_accuracy"}
+    names = {"loss", "train_accuracy", "skipped"}
+    assert set(loop_logs) == set(scan_logs) == names
     for name in loop_logs:
         assert loop_logs[name].shape == (8,)
         np.testing.assert_allclose(scan_logs[name], loop_logs[name], atol=1e-5)
@@ -365,12 +374,13 @@ def test_reports_come_at_multiples_with_the_mean_since_the_last(
 ):
     batches, reports = [], []
 
-    def run(state, data, indices):
+    def run(state, data, indices, interrupted):
         numbers = np.arange(len(indices)) + int(state.step)
         batches.append(indices)
-        return state._replace(step=state.step + len(indices)), {"number": numbers}
+        logs = {"number": numbers, "skipped": np.zeros(len(indices))}
+        return state._replace(step=state.step + len(indices)), logs
 
-    state = train.TrainState(jnp.int32(start), {}, {}, {}, jax.random.key(0))
+    state = bare_state(start)
     stream = train.step_indices(state._replace(step=0), data, 8, BATCH)
     state = train.fit(
         run, state, data, steps, BATCH, interval, lambda *args: reports.append(args)
@@ -386,7 +396,7 @@ def test_reports_come_at_multiples_with_the_mean_since_the_last(
 
 
 def test_an_epoch_visits_every_example_once(data):
-    state = train.TrainState(jnp.int32(SIZE // BATCH), {}, {}, {}, jax.random.key(0))
+    state = bare_state(SIZE // BATCH)
     indices = train.step_indices(state, data, SIZE // BATCH, BATCH)
     assert sorted(np.ravel(indices).tolist()) == list(range(SIZE))
 
@@ -395,7 +405,7 @@ def test_the_keys_of_all_steps_differ():
     keys = []
     for seed in range(2):
         for step in range(4):
-            state = train.TrainState(jnp.int32(step), {}, {}, {}, jax.random.key(seed))
+            state = bare_state(step, seed)
             keys += jax.random.key_data(train.step_keys(state)).tolist()
     assert len({tuple(key) for key in keys}) == len(keys) == 24
 
@@ -457,7 +467,7 @@ def test_the_rule_sees_the_gradient_of_the_growth_batch(data, growth_samples):
         )
 
 
-def test_a_nan_at_a_refresh_ends_the_run_and_names_the_leaf(data):
+def test_a_nan_at_a_refresh_ends_the_run(data):
     model = restless()
     sane = train.make_loss(model)
 
@@ -472,8 +482,7 @@ def test_a_nan_at_a_refresh_ends_the_run_and_names_the_leaf(data):
     state = train.init_state(model, tx, data, jax.random.key(0))
     run = train.make_runner(train.make_train_step(loss, tx, growth_samples=SIZE))
     state = train.fit(run, state, data, steps=4, batch_size=BATCH)
-    leaf = next(iter(flatten(state.params)))
-    with pytest.raises(ValueError, match=rf"got NaN in \['{leaf}'\]"):
+    with pytest.raises(FloatingPointError, match=r"update of step 4 .* refresh"):
         train.fit(run, state, data, steps=6, batch_size=BATCH)
 
 

@@ -1,6 +1,6 @@
 """Two networks trained as one: their start, their joint loss, one step of both."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -34,6 +34,8 @@ def init_pair(
     key: jax.Array,
     coupling: Coupling,
     prunable: Prunable = is_kernel,
+    settings: Mapping[str, float] | None = None,
+    skip_faults: bool = False,
 ) -> TrainState:
     """The pair's state at step 0.
 
@@ -48,12 +50,15 @@ def init_pair(
       key: random key of the run.
       coupling: how they influence each other.
       prunable: predicate on (path, leaf).
+      settings: numbers that tell this run from others of the same program.
+      skip_faults: whether updates that are not finite are left out, instead of
+        stopping the run.
 
     Raises:
       ValueError: masks are coupled between networks of different shapes.
     """
     fast_key, slow_key, mask_key, run_key = jax.random.split(key, 4)
-    fast = init_state(models.fast, tx.fast, data, fast_key)
+    fast = init_state(models.fast, tx.fast, data, fast_key, settings, skip_faults)
     if isinstance(tx.slow, Consolidation):
         trace, params = begin_trace(fast.params, tx.slow, prunable)
         slow = fast._replace(params=params, opt_state=trace)
@@ -69,12 +74,11 @@ def init_pair(
             opt_state=set_masks(opt_state, masks),
         )
     joined = jax.tree.map(jnp.array, slow)  # Copies: donation allows no sharing.
-    return TrainState(
-        fast.step,
-        Dual(fast.params, joined.params),
-        Dual(fast.model_state, joined.model_state),
-        Dual(fast.opt_state, joined.opt_state),
-        run_key,
+    return fast._replace(
+        params=Dual(fast.params, joined.params),
+        model_state=Dual(fast.model_state, joined.model_state),
+        opt_state=Dual(fast.opt_state, joined.opt_state),
+        key=run_key,
     )
 
 
@@ -143,8 +147,13 @@ def make_dual_step(
                 grads.slow,
                 lambda: discourage(dense_grads().slow, fast_masks, kappa),
             )
-        pair = Dual(fast, slow), model_state, Dual(fast_state, slow_state)
-        return TrainState(state.step + 1, *pair, state.key), logs
+        after = state._replace(
+            step=state.step + 1,
+            params=Dual(fast, slow),
+            model_state=model_state,
+            opt_state=Dual(fast_state, slow_state),
+        )
+        return after, logs
 
     return step
 

@@ -10,6 +10,7 @@ from d2sparse.transforms.states import (
     SparsifyState,
     check_refreshes,
     get_masks,
+    refreshes_are_sound,
     set_masks,
     sparse_states,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "freeze",
     "get_masks",
     "mask_moments",
+    "refreshes_are_sound",
     "set_masks",
     "sparse_states",
     "sparsify",

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -61,7 +62,6 @@ def get_masks(opt_state: optax.OptState) -> PyTree:
     Raises:
       ValueError: there is no `sparsify` in the state, or two mask the same leaf.
 
-    >>> import jax.numpy as jnp
     >>> from d2sparse.rules import static
     >>> from d2sparse.transforms import sparsify
     >>> tx = optax.chain(optax.clip(1.0), sparsify(optax.sgd(0.1), static(0.5)))
@@ -90,7 +90,6 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
     Raises:
       ValueError: there is no `sparsify` in the state, or the masks do not fit.
 
-    >>> import jax.numpy as jnp
     >>> from d2sparse.rules import static
     >>> from d2sparse.transforms import sparsify
     >>> tx = sparsify(optax.sgd(0.1), static(0.5))
@@ -112,7 +111,6 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
 def sparse_states(opt_state: optax.OptState) -> list[SparsifyState]:
     """The states of every `sparsify` in an optimiser's state; none if it is dense.
 
-    >>> import jax.numpy as jnp
     >>> sparse_states(optax.sgd(0.1).init({"kernel": jnp.ones((2, 2))}))
     []
     """
@@ -123,8 +121,8 @@ def check_refreshes(opt_state: optax.OptState) -> None:
     """Raises if a refresh of the masks has met a NaN.
 
     A compiled function cannot raise. There a score that is NaN counts as the lowest,
-    the leaf is noted in the state, and this tells of it; `d2sparse.train.fit` asks at
-    every report.
+    the leaf is noted in the state, and this tells of it. `d2sparse.train` leaves such
+    updates out by itself.
 
     Args:
       opt_state: state of an optimiser, outside of compiled functions.
@@ -132,7 +130,6 @@ def check_refreshes(opt_state: optax.OptState) -> None:
     Raises:
       ValueError: naming the leaves.
 
-    >>> import jax.numpy as jnp
     >>> from d2sparse.rules import static
     >>> from d2sparse.transforms import sparsify
     >>> check_refreshes(sparsify(optax.sgd(0.1), static(0.5)).init(jnp.ones((2, 2))))
@@ -147,6 +144,16 @@ def check_refreshes(opt_state: optax.OptState) -> None:
                 f"got NaN in {paths}; lower the learning rate, clip the gradient, or "
                 "look for a division by zero in the loss"
             )
+
+
+def refreshes_are_sound(opt_state: optax.OptState) -> jax.Array:
+    """Whether no refresh of the masks has met a NaN: bool[], in compiled functions too.
+
+    >>> bool(refreshes_are_sound(optax.sgd(0.1).init(jnp.ones(2))))
+    True
+    """
+    found = [jnp.any(state.nan) for state in _mask_states(opt_state)]
+    return ~jnp.any(jnp.stack(found)) if found else jnp.ones((), bool)
 
 
 def _mask_states(opt_state: optax.OptState) -> list[Any]:

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from d2sparse import models, rules, train
 from d2sparse.masks import apply_masks
@@ -26,8 +25,6 @@ from experiments.benchmarks.workload import (
 DENSE, SPARSE = "dense", "sparsify(rigl), no refresh"
 AT_ONCE, IN_TURN = "{} vmapped", "{} one after another"
 MEMBER_IMAGE = (8, 8, 1)
-# All runs share the number of the step, so that a refresh is due in all or in none.
-RUNS = TrainState(step=None, params=0, model_state=0, opt_state=0, key=0)
 
 
 def training_table(sizes: Sizes) -> Table:
@@ -126,16 +123,15 @@ def member_candidates(sizes: Sizes) -> dict[str, Candidate]:
     step, states = make_members(data, seeds, sizes)
     shape = (sizes.member_steps, seeds, sizes.member_batch)
     order = np.random.default_rng(0).integers(0, len(data.labels), shape, np.int32)
-    alone = train.make_runner(step)
-    together = train.make_runner(jax.vmap(step, (RUNS, None, 0), (RUNS, 0)))
+    run = train.make_runner(step)
     in_turn = [
-        carried(alone, pick_members(states, i), data, jnp.asarray(order[:, i]))
+        carried(run, pick_members(states, i), data, jnp.asarray(order[:, i]))
         for i in range(seeds)
     ]
     candidates = {}
     for n in sizes.seeds:
         group, rows = pick_members(states, slice(n)), jnp.asarray(order[:, :n])
-        at_once = carried(together, group, data, rows)
+        at_once = carried(run, group, train.stack_runs([data] * n), rows)
         candidates[AT_ONCE.format(n)] = Candidate(at_once, slow=n > 1)
         candidates[IN_TURN.format(n)] = Candidate(_all(in_turn[:n]), slow=n > 1)
     return candidates
@@ -149,11 +145,7 @@ def make_members(
     tx = sparsify(OPTIMIZERS[SGD](), rules.rigl(sizes.sparsity))
     loss, due = train.make_loss(model), every(sizes.member_steps)
 
-    def step(state: TrainState, data: train.Data, indices: jax.Array) -> Any:
-        update = functools.partial(tx.update, refresh=due(state.step))
-        timed = optax.GradientTransformationExtraArgs(tx.init, update)
-        return train.make_train_step(loss, timed)(state, data, indices)
-
+    step = train.make_train_step(loss, tx, when=due)
     init = jax.vmap(functools.partial(train.init_state, model, tx, data))
     states = jax.jit(init)(jax.random.split(jax.random.key(0), seeds))
     return step, states._replace(step=jnp.zeros((), jnp.int32))

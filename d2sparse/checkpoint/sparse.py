@@ -1,19 +1,13 @@
-"""Checkpoints: sparse parameters on disk, without their zeros.
+"""Sparse parameters on disk, without their zeros."""
 
-Written and read by Orbax, whole or not at all: a directory appears under its name when
-everything is in it.
-"""
-
-import math
 import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
 
-from d2sparse import packing, tree
+from d2sparse import packing
+from d2sparse.checkpoint import store
 from d2sparse.packing import SparseTree
 from d2sparse.tree import PyTree
 
@@ -51,8 +45,12 @@ def save_sparse(
             "name, or remove it first"
         )
     sparse = packing.compress(params, masks)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, _without_empty(sparse))
+    arrays = {
+        f"{field}/{name}": array
+        for field, arrays in sparse._asdict().items()
+        for name, array in arrays.items()
+    }
+    store.write(path, arrays, {"kind": "sparse"})
     return packing.nbytes(sparse)
 
 
@@ -74,43 +72,23 @@ def load_sparse(
       ValueError: the directory is missing, damaged or was not written by `save_sparse`,
         or a leaf does not fit the model.
     """
-    path = Path(directory).absolute()
-    sparse = _with_empty(_read(path), like)
+    sparse = _read(Path(directory).absolute())
     return jax.tree.map(jnp.asarray, packing.expand(sparse, like))
 
 
 def _read(path: Path) -> SparseTree:
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            stored = getattr(checkpointer.metadata(path).item_metadata, "tree", {})
-            if set(stored) != set(SparseTree._fields):
-                raise ValueError("there are no sparse parameters in it")
-            # Into numpy arrays: those of JAX would be committed to a device.
-            like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)
-            return SparseTree(**checkpointer.restore(path, like))
-    except (KeyError, OSError, ValueError) as error:
+        arrays, notes = store.read(path)
+        if notes.get("kind") != "sparse":
+            raise ValueError("there are no sparse parameters in it")
+    except ValueError as error:
         raise ValueError(
             f"expected a directory written by `save_sparse`, got {path}, which is "
             f"missing, damaged or something else ({error}); check the path, or save "
             "the parameters again"
         ) from error
-
-
-def _without_empty(sparse: SparseTree) -> dict[str, dict[str, np.ndarray]]:
-    """What Orbax can store: arrays with at least one entry."""
-    return {
-        field: {path: array for path, array in arrays.items() if array.size}
-        for field, arrays in sparse._asdict().items()
-    }
-
-
-def _with_empty(sparse: SparseTree, like: PyTree) -> SparseTree:
-    """The empty arrays back in: no live values, the shape of a scalar, no entries."""
-    model = tree.flatten(like)
-    dtypes = {path: leaf.dtype for path, leaf in model.items()}
-    values = {path: np.empty(0, dtypes.get(path, bool)) for path in sparse.masks}
-    for path, leaf in model.items():
-        if math.prod(leaf.shape) == 0:
-            values[path] = np.empty(leaf.shape, leaf.dtype)
-    shapes = {path: np.empty(0, np.int64) for path in sparse.masks}
-    return SparseTree(values | sparse.values, sparse.masks, shapes | sparse.shapes)
+    sparse = SparseTree({}, {}, {})
+    for key, array in arrays.items():
+        field, _, name = key.partition("/")
+        getattr(sparse, field)[name] = array
+    return sparse

@@ -1,0 +1,322 @@
+"""The checkpoints of a run: to resume it where it stopped, and to keep its best state.
+
+The directory holds one directory per step, named by its number:
+
+    20/, 30/       the latest, and the one with the highest score
+    40.damaged/    one that could not be read, moved out of the way
+"""
+
+import atexit
+import json
+import math
+import os
+import re
+import shutil
+import threading
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from d2sparse.checkpoint import leaves, store
+from d2sparse.tree import PyTree
+
+
+class Checkpoint(NamedTuple):
+    """A restored state.
+
+    Attributes:
+      step: at which it was saved.
+      state: with the structure, shapes, types and placement that were asked for.
+      notes: what was saved beside it.
+    """
+
+    step: int
+    state: PyTree
+    notes: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run: the latest and the best, in one directory.
+
+    `save` copies the state to the host and returns; a thread writes it. In a run of
+    several processes all of them make the same calls, and the first one writes.
+
+    >>> import tempfile, jax.numpy as jnp
+    >>> with Checkpoints(tempfile.mkdtemp(), about={"steps": 100}) as checkpoints:
+    ...     checkpoints.save(10, {"w": jnp.ones(3)}, notes={"loss": 0.5})
+    >>> step, state, notes = checkpoints.restore(like={"w": jnp.zeros(3)})
+    >>> step, state["w"].tolist(), notes
+    (10, [1.0, 1.0, 1.0], {'loss': 0.5})
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        about: Mapping[str, Any] | None = None,
+        keep: int = 2,
+    ) -> None:
+        """Opens a directory; nothing is written yet.
+
+        Args:
+          directory: made at the first save.
+          about: what makes the checkpoints, such as the configuration; what JSON can
+            hold. Those made by something else are refused. If not given, checkpoints
+            of any origin are restored.
+          keep: how many of the latest are kept. The best one is kept besides.
+
+        Raises:
+          ValueError: `keep` is not positive, or `about` is not JSON.
+        """
+        if keep < 1:
+            raise ValueError(f"expected to keep at least 1 checkpoint, got {keep}")
+        self.directory = Path(directory).absolute()
+        self._about = None if about is None else _json("about", about)
+        self._keep = keep
+        self._thread: threading.Thread | None = None
+        self._failed: tuple[int, Exception] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        """Nothing happens."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Waits for the last save."""
+        self.wait()
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        notes: Mapping[str, Any] | None = None,
+        score: float | None = None,
+    ) -> None:
+        """Saves a state; one of the same step is replaced.
+
+        The values are those of now: the state may be donated after the call.
+
+        Args:
+          step: number of steps taken, by which checkpoints are ordered.
+          state: tree of arrays and random keys. Those that lie on the devices of other
+            processes have to be replicated.
+          notes: whatever belongs to it and JSON can hold. Floats come back to the bit.
+          score: the higher, the better. NaN never counts.
+
+        Raises:
+          ValueError: a negative step, notes that are not JSON, or an array of which
+            this process has a part only.
+          OSError: the save before this one failed, for instance on a full disk. The
+            message names the last checkpoint, which is intact.
+        """
+        self.wait()
+        if step < 0:
+            raise ValueError(f"expected a step of at least 0, got {step}")
+        arrays = leaves.to_host(state)
+        record = {
+            "about": self._about or {},
+            "leaves": leaves.layout(state),
+            "score": None if score is None else float(score),
+            "notes": _json("notes", notes or {}),
+        }
+        if jax.process_index() == 0:
+            self._thread = threading.Thread(
+                target=self._write, args=(int(step), arrays, record)
+            )
+            self._thread.start()
+            # A program that ends without `wait` still hears of a save that failed.
+            atexit.register(self.wait)
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk.
+
+        Raises:
+          OSError: as `save`.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        atexit.unregister(self.wait)
+        if self._failed is None:
+            return
+        (step, error), self._failed = self._failed, None
+        raise OSError(
+            f"expected to write the checkpoint of step {step} to {self.directory}, got "
+            f"{_first_line(error)}; {self._last_good()}; free some space and run the "
+            "same command again"
+        ) from error
+
+    def restore(self, like: PyTree) -> Checkpoint | None:
+        """The latest checkpoint that is not damaged.
+
+        Damaged ones are named in a warning and renamed to `<step>.damaged`.
+
+        Args:
+          like: a state of the run, for instance that of step 0. Arrays are restored
+            where its own are: uncommitted ones uncommitted, so that a compiled step
+            takes them without compiling again, sharded ones sharded alike. numpy
+            arrays and Python numbers stay what they are.
+
+        Returns:
+          The checkpoint, or None if there is none at all.
+
+        Raises:
+          ValueError: every checkpoint is damaged, or the latest one was made by
+            something else than `about` or with other leaves; it names what differs.
+        """
+        self.wait()
+        return self._first_good(sorted(self._paths(), reverse=True), like)
+
+    def best(self, like: PyTree) -> Checkpoint | None:
+        """The checkpoint with the highest score; the later one of equals.
+
+        Args:
+          like: as for `restore`.
+
+        Returns:
+          The checkpoint, or None if none has a score.
+
+        Raises:
+          ValueError: as `restore`.
+        """
+        self.wait()
+        return self._first_good(self._ranking(damaged=math.inf), like)
+
+    def _write(
+        self, step: int, arrays: dict[str, np.ndarray], record: dict[str, Any]
+    ) -> None:
+        try:
+            self._remove_rests()
+            store.write(self.directory / str(step), arrays, record)
+            self._prune(step)
+        except Exception as error:  # What Orbax raises has no common base.
+            self._failed = step, error
+
+    def _remove_rests(self) -> None:
+        """What a crash has left: beginnings of checkpoints, and ends of old ones."""
+        for rest in self.directory.glob(".*"):
+            if re.fullmatch(r"\.[0-9]+(\.old)?\.(tmp|removed)", rest.name):
+                shutil.rmtree(rest)
+
+    def _prune(self, newest: int) -> None:
+        paths = self._paths()
+        best = self._ranking(damaged=math.nan)[:1]
+        kept = {newest, *sorted(paths)[-self._keep :], *best}
+        for step in paths.keys() - kept:
+            store.remove(paths[step])
+
+    def _paths(self) -> dict[int, Path]:
+        """Directories by step; that of a replacement cut short is the former one."""
+        paths = {}
+        for pattern in (r"\.(0|[1-9][0-9]*)\.old", r"(0|[1-9][0-9]*)"):
+            for path in self.directory.glob("*"):
+                if match := re.fullmatch(pattern, path.name):
+                    paths[int(match[1])] = path
+        return paths
+
+    def _ranking(self, damaged: float) -> list[int]:
+        """Steps with a score, the best one first; damaged ones have the given score."""
+        scores = {step: _score(p, damaged) for step, p in self._paths().items()}
+        ranked = [step for step, score in scores.items() if not math.isnan(score)]
+        return sorted(ranked, key=lambda step: (scores[step], step), reverse=True)
+
+    def _last_good(self) -> str:
+        for step, path in sorted(self._paths().items(), reverse=True):
+            try:
+                store.read_notes(path)
+            except ValueError:
+                continue
+            return f"the checkpoint of step {step} is intact"
+        return "there is no earlier checkpoint"
+
+    def _first_good(self, steps: Iterable[int], like: PyTree) -> Checkpoint | None:
+        paths, damaged = self._paths(), {}
+        for step in steps:
+            path = paths[step]
+            try:
+                return self._read(step, path, like)
+            except store.Damaged as error:
+                aside = self._set_aside(step, path)
+                warnings.warn(
+                    f"the checkpoint {path} is damaged: {error}; it is now {aside}, "
+                    "and an earlier one is used if there is one",
+                    stacklevel=3,
+                )
+                damaged[step] = f"{path} ({error})"
+        if paths.keys() == damaged.keys():
+            self._refuse_damaged(damaged.values())
+        return None
+
+    def _refuse_damaged(self, damaged: Iterable[str]) -> None:
+        """Also at the next attempt, when they have been set aside."""
+        aside = map(str, sorted(self.directory.glob("*.damaged*")))
+        if names := list(damaged) or list(aside):
+            raise ValueError(
+                f"expected a checkpoint that is not damaged, got {', '.join(names)}; "
+                f"remove {self.directory} to start anew"
+            )
+
+    def _read(self, step: int, path: Path, like: PyTree) -> Checkpoint:
+        record = store.read_notes(path)
+        if self._about is not None:
+            _refuse_other_origin(path, record.get("about", {}), self._about)
+        leaves.refuse_other_layout(path, record.get("leaves", {}), leaves.layout(like))
+        arrays, record = store.read(path)
+        return Checkpoint(step, leaves.from_host(arrays, like), record["notes"])
+
+    def _set_aside(self, step: int, path: Path) -> Path:
+        aside = self.directory / f"{step}.damaged"
+        count = 1
+        while aside.exists():
+            count += 1
+            aside = self.directory / f"{step}.damaged{count}"
+        if jax.process_index() == 0:
+            path.rename(aside)
+        return aside
+
+
+def _score(path: Path, damaged: float) -> float:
+    try:
+        score = store.read_notes(path).get("score")
+    except ValueError:
+        return damaged
+    return math.nan if score is None else float(score)
+
+
+def _json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """What comes back when it is written and read."""
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(dict(value)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected `{name}` of numbers, strings, lists and dictionaries, got a "
+            f"mapping that is not JSON ({error}); convert its arrays with `.tolist()`"
+        ) from None
+    return copy
+
+
+def _refuse_other_origin(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    differing = [
+        f"{name} was {old.get(name, 'absent')} and is {new.get(name, 'absent')}"
+        for name in {**new, **old}
+        # As text, in which NaN equals NaN.
+        if json.dumps(old.get(name, "absent")) != json.dumps(new.get(name, "absent"))
+    ]
+    if differing:
+        raise ValueError(
+            f"the checkpoint {path} belongs to another configuration: "
+            f"{', '.join(differing)}; give another directory or the old configuration"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

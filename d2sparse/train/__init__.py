@@ -1,0 +1,70 @@
+"""Training: one compiled step with donated state, strung together for the backend.
+
+The state is a NamedTuple of arrays and the data lie on the device, so a run is a pure
+function of them: the batch and the augmentation of step t follow from the key and t.
+"""
+
+from d2sparse.train.devices import Placement, check_batch, make_mesh, place
+from d2sparse.train.evaluation import evaluate, make_predict
+from d2sparse.train.faults import failure, guard, has_failed, last_good
+from d2sparse.train.loops import Logs, Report, Runner, Save, fit, make_runner
+from d2sparse.train.optimizers import make_optimizer
+from d2sparse.train.runs import RUNS, is_stacked, stack_runs, unstack_runs
+from d2sparse.train.state import (
+    Data,
+    Faults,
+    Metrics,
+    TrainState,
+    init_state,
+    inputs,
+    take,
+    to_device,
+)
+from d2sparse.train.steps import (
+    Loss,
+    Step,
+    growth_batch,
+    make_loss,
+    make_train_step,
+    step_indices,
+    step_keys,
+)
+
+__all__ = [
+    "RUNS",
+    "Data",
+    "Faults",
+    "Logs",
+    "Loss",
+    "Metrics",
+    "Placement",
+    "Report",
+    "Runner",
+    "Save",
+    "Step",
+    "TrainState",
+    "check_batch",
+    "evaluate",
+    "failure",
+    "fit",
+    "growth_batch",
+    "guard",
+    "has_failed",
+    "init_state",
+    "inputs",
+    "is_stacked",
+    "last_good",
+    "make_loss",
+    "make_mesh",
+    "make_optimizer",
+    "make_predict",
+    "make_runner",
+    "make_train_step",
+    "place",
+    "stack_runs",
+    "step_indices",
+    "step_keys",
+    "take",
+    "to_device",
+    "unstack_runs",
+]

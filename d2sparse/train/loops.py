@@ -1,0 +1,241 @@
+"""Steps strung together: what a backend runs at once, and whole trainings."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from d2sparse.train.devices import check_batch, place
+from d2sparse.train.faults import failure, guard, has_failed
+from d2sparse.train.runs import RUNS, is_stacked
+from d2sparse.train.state import Data, Metrics, TrainState
+from d2sparse.train.steps import Step, step_indices
+
+Logs = dict[str, list[Any]]
+Report = Callable[[int, TrainState, dict[str, Any]], None]
+Save = Callable[[TrainState, Logs], None]
+
+
+def _never() -> bool:
+    return False
+
+
+class Runner(Protocol):
+    """Several steps, one after the other, of one run or of several stacked ones."""
+
+    def __call__(
+        self,
+        state: TrainState,
+        data: Data,
+        indices: jax.Array,
+        interrupted: Callable[[], bool] = _never,
+    ) -> tuple[TrainState, Metrics]:
+        """Takes the steps.
+
+        Args:
+          state: where to start; it is used up.
+          data: training data, stacked where the state is.
+          indices: int32[steps, (runs,) batch].
+          interrupted: asked between two steps of a loop whether to stop. A scan, which
+            is a single call, always goes to its end.
+
+        Returns:
+          The state after the steps, and metrics float[steps taken, (runs)].
+        """
+
+
+def make_runner(step: Step, mesh: Mesh | None = None) -> Runner:
+    """Strings steps together, each guarded against updates that are not finite.
+
+    On accelerators the steps are one `lax.scan`. On CPU they are a loop over the
+    compiled step, since XLA runs convolutions in a loop body without its threads. Both
+    give the same numbers. The state is donated: the one passed in is used up.
+
+    Args:
+      step: `(state, data, indices) -> (state, metrics)` of one run; it is vmapped for
+        stacked ones.
+      mesh: of several devices, from `make_mesh`; None for one.
+    """
+    guarded = guard(step)
+    many = jax.vmap(guarded, in_axes=(RUNS, 0, 0), out_axes=(RUNS, 0))
+    string = _loop if jax.default_backend() == "cpu" else _scan
+    one_run = _on_mesh(guarded, mesh, False, string)
+    many_runs = _on_mesh(many, mesh, True, string)
+
+    def run(
+        state: TrainState,
+        data: Data,
+        indices: jax.Array,
+        interrupted: Callable[[], bool] = _never,
+    ) -> tuple[TrainState, Metrics]:
+        chosen = many_runs if is_stacked(state) else one_run
+        return chosen(state, data, indices, interrupted)
+
+    return run
+
+
+def fit(
+    run: Runner,
+    state: TrainState,
+    data: Data,
+    steps: int,
+    batch_size: int,
+    every: int | None = None,
+    report: Report | None = None,
+    save: Save | None = None,
+    save_every: int | None = None,
+    logs: Mapping[str, list[Any]] | None = None,
+    interrupted: Callable[[], bool] = _never,
+) -> TrainState:
+    """Trains up to step number `steps`, from wherever the state stands.
+
+    A training that is interrupted goes on to the same bits: give the state and the logs
+    that `save` was last called with.
+
+    Args:
+      run: a runner from `make_runner`.
+      state: where to start; it is used up. Several stacked runs are trained at once.
+      data: training data.
+      steps: number of the step to stop before.
+      batch_size: examples per step.
+      every: steps between two reports; at their multiples metrics leave the device.
+        If not given, there is one report at the end.
+      report: called with the step, the state and the mean metrics since the last call,
+        of each of several runs. It must not keep the state, which the next step uses
+        up.
+      save: called at multiples of `save_every`, when interrupted, and before an error,
+        with the state, which it must not keep, and the metrics of all steps since the
+        last report.
+      save_every: steps between two calls of `save`.
+      logs: metrics of the steps since the last report, where training goes on.
+      interrupted: whether to stop; asked after each step on CPU, on accelerators after
+        each stretch between reports and saves.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      FloatingPointError: no run is left that an update which is not finite has not
+        stopped, or a refresh of the masks has met a NaN.
+      KeyboardInterrupt: it was interrupted, after saving.
+    """
+    every, pending = every or steps, {k: list(v) for k, v in (logs or {}).items()}
+    position = int(state.step)
+    while position < steps:
+        stop = min(_next_multiple(position, n, steps) for n in (every, save_every))
+        indices = _indices(state, data, stop - position, batch_size)
+        state, metrics = run(state, data, indices, interrupted)
+        for name, values in jax.device_get(metrics).items():
+            pending.setdefault(name, []).extend(values)
+        position = int(state.step)
+        failed, stopped = has_failed(state), interrupted()
+        if not failed and position in (steps, position - position % every):
+            if report is not None:
+                report(position, state, _means(pending, state))
+            pending = {}
+        due = save_every and position % save_every == 0
+        if save is not None and (due or stopped or failed):
+            save(state, pending)
+        if failed:
+            raise FloatingPointError(failure(state))
+        if stopped:
+            raise KeyboardInterrupt
+    return state
+
+
+def _next_multiple(position: int, every: int | None, last: int) -> int:
+    return last if not every else min(position - position % every + every, last)
+
+
+def _indices(state: TrainState, data: Data, steps: int, batch_size: int) -> jax.Array:
+    """int32[steps, (runs,) batch]."""
+    if not is_stacked(state):
+        return step_indices(state, data, steps, batch_size)
+    each = jax.vmap(lambda s, d: step_indices(s, d, steps, batch_size), (RUNS, 0), 1)
+    return each(state, data)
+
+
+def _means(logs: Logs, state: TrainState) -> dict[str, Any]:
+    """Means over the steps that were not skipped: floats, or float[runs]."""
+    columns = {k: np.asarray(v, np.float32).T for k, v in logs.items()}
+    taken = columns.pop("skipped") == 0
+
+    def mean(values: np.ndarray, taken: np.ndarray) -> float:
+        return float(np.mean(values[taken])) if taken.any() else math.nan
+
+    # Run by run, so that the order of summation is that of a run alone.
+    means: dict[str, Any] = {
+        name: np.array([mean(*run) for run in zip(values, taken, strict=True)])
+        if values.ndim == 2
+        else mean(values, taken)
+        for name, values in columns.items()
+    }
+    count = np.asarray(state.faults.total)
+    return means | ({"skipped": count} if count.any() else {})
+
+
+def _on_mesh(
+    step: Step, mesh: Mesh | None, stacked: bool, string: Callable[..., Runner]
+) -> Runner:
+    """The runner of a step whose arguments lie on the mesh."""
+    if mesh is None or mesh.size == 1:
+        return string(step)
+    where = place(mesh, stacked)
+    run = string(step, out_shardings=(where.state, None))
+
+    def placed(
+        state: TrainState,
+        data: Data,
+        indices: jax.Array,
+        interrupted: Callable[[], bool] = _never,
+    ) -> tuple[TrainState, Metrics]:
+        check_batch(indices.shape[-1], mesh)
+        return run(
+            jax.device_put(state, where.state),
+            jax.device_put(data, where.data),
+            jax.device_put(indices, where.indices),
+            interrupted,
+        )
+
+    return placed
+
+
+def _loop(step: Step, **options: Any) -> Runner:
+    compiled = jax.jit(step, donate_argnums=0, **options)
+
+    def run(
+        state: TrainState,
+        data: Data,
+        indices: jax.Array,
+        interrupted: Callable[[], bool] = _never,
+    ) -> tuple[TrainState, Metrics]:
+        logs: list[Metrics] = []
+        for row in indices if _is_spread(indices) else np.asarray(indices):
+            if logs and interrupted():
+                break
+            state, log = compiled(state, data, row)
+            # One step ahead and no more: an interrupt waits for what is under way.
+            jax.block_until_ready(logs[-1:])
+            logs.append(log)
+        return state, jax.tree.map(lambda *values: np.stack(values), *logs)
+
+    return run
+
+
+def _scan(step: Step, **options: Any) -> Runner:
+    def scan(
+        state: TrainState, data: Data, indices: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(lambda s, row: step(s, data, row), state, indices)
+
+    compiled = jax.jit(scan, donate_argnums=0, **options)
+    return lambda state, data, indices, interrupted=_never: compiled(
+        state, data, indices
+    )
+
+
+def _is_spread(array: Any) -> bool:
+    return isinstance(array, jax.Array) and len(array.sharding.device_set) > 1

@@ -1,0 +1,50 @@
+"""Many runs in one program: their states stacked, their step shared."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from d2sparse.train.state import TrainState
+
+# Where the axis of the runs is in a stacked state. The step is one for all: what
+# depends on it alone, such as a refresh, stays a branch under `jax.vmap`.
+_AXES: Any = dict.fromkeys(TrainState._fields, 0) | {"step": None}
+RUNS = TrainState(**_AXES)
+
+
+def stack_runs(runs: Sequence[Any]) -> Any:
+    """States, or data sets, of several runs in one, with a leading axis for the runs.
+
+    Args:
+      runs: of one structure and shape, states at one step.
+
+    Raises:
+      ValueError: states stand at different steps.
+    """
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
+    if not isinstance(stacked, TrainState):
+        return stacked
+    steps = {int(run.step) for run in runs}
+    if len(steps) > 1:
+        raise ValueError(
+            f"expected runs at one step, got runs at steps {sorted(steps)}; train "
+            "those that are behind first"
+        )
+    return stacked._replace(step=jnp.copy(runs[0].step))
+
+
+def unstack_runs(state: TrainState) -> list[TrainState]:
+    """The states of the single runs, as copies."""
+
+    def pick(number: int) -> TrainState:
+        own = jax.tree.map(lambda leaf: leaf[number], state[1:])
+        return TrainState(jnp.copy(state.step), *own)
+
+    return [pick(number) for number in range(len(state.key))]
+
+
+def is_stacked(state: TrainState) -> bool:
+    """Whether a state holds several runs."""
+    return state.key.ndim > 0

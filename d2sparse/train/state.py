@@ -1,0 +1,143 @@
+"""What a run is: its state, and the data that it sees."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from d2sparse.data import Split, channel_statistics, standardize
+from d2sparse.masks import apply_masks
+from d2sparse.models import Model
+from d2sparse.transforms import get_masks, sparse_states
+from d2sparse.tree import PyTree
+
+Metrics = dict[str, jax.Array]
+
+
+class Faults(NamedTuple):
+    """Updates of a run that were not finite, see `guard`.
+
+    Attributes:
+      total: int32[], how many there were.
+      first: int32[], the step of the first; 0 where there was none.
+      skip: bool[], whether the run goes on without them; otherwise the first stops it.
+    """
+
+    total: jax.Array
+    first: jax.Array
+    skip: jax.Array
+
+
+class TrainState(NamedTuple):
+    """Everything that changes in a run; a copy of it is the run.
+
+    Attributes:
+      step: int32[], the number of steps taken.
+      params: trained parameters.
+      model_state: what a forward pass changes, such as BatchNorm statistics.
+      opt_state: the optimiser's state, masks included.
+      key: random key of the run, never changed: order and augmentation follow from it
+        and the step.
+      faults: updates that were not finite.
+      settings: numbers by name that tell this run from others of the same program,
+        such as a learning rate, never changed.
+    """
+
+    step: jax.Array
+    params: PyTree
+    model_state: PyTree
+    opt_state: PyTree
+    key: jax.Array
+    faults: Faults
+    settings: Mapping[str, jax.Array]
+
+
+class Data(NamedTuple):
+    """Labelled images on the device, and how to standardise them.
+
+    Attributes:
+      images: uint8[n, height, width, channels].
+      labels: int32[n].
+      mean: float[channels], subtracted from images scaled to [0, 1].
+      std: float[channels], divided by.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    mean: jax.Array
+    std: jax.Array
+
+
+def to_device(split: Split, like: Data | None = None) -> Data:
+    """Labelled images on the default device.
+
+    Args:
+      split: images and labels.
+      like: data whose channel statistics are used, the training data for a test set;
+        if not given, those of the images themselves.
+
+    >>> import numpy as np
+    >>> split = Split(np.zeros((4, 8, 8, 1), np.uint8), np.arange(4, dtype=np.int32))
+    >>> to_device(split).images.shape
+    (4, 8, 8, 1)
+    """
+    if like is not None:
+        return like._replace(
+            images=jnp.asarray(split.images), labels=jnp.asarray(split.labels)
+        )
+    return Data(*map(jnp.asarray, (*split, *channel_statistics(split.images))))
+
+
+def take(data: Data, indices: jax.Array) -> Data:
+    """The examples at the given indices.
+
+    >>> import numpy as np
+    >>> split = Split(np.zeros((4, 8, 8, 1), np.uint8), np.arange(4, dtype=np.int32))
+    >>> take(to_device(split), jnp.array([3, 1])).labels.tolist()
+    [3, 1]
+    """
+    return data._replace(images=data.images[indices], labels=data.labels[indices])
+
+
+def inputs(data: Data) -> jax.Array:
+    """What a network sees: standardised images, float[n, height, width, channels]."""
+    return standardize(data.images, data.mean, data.std)
+
+
+def init_state(
+    model: Model,
+    tx: optax.GradientTransformation,
+    data: Data,
+    key: jax.Array,
+    settings: Mapping[str, float] | None = None,
+    skip_faults: bool = False,
+) -> TrainState:
+    """The state at step 0, with the masks of the optimiser applied to the parameters.
+
+    Args:
+      model: the network.
+      tx: its optimiser, with or without `sparsify`.
+      data: examples whose shape the network is built for.
+      key: random key of the run.
+      settings: numbers that tell this run from others of the same program.
+      skip_faults: whether updates that are not finite are left out, instead of
+        stopping the run.
+    """
+    init_key, run_key = jax.random.split(key)
+    params, model_state = model.init(init_key, inputs(take(data, jnp.arange(1))))
+    opt_state = tx.init(params)
+    if sparse_states(opt_state):
+        params = apply_masks(params, get_masks(opt_state))
+    return TrainState(
+        jnp.zeros((), jnp.int32),
+        params,
+        model_state,
+        opt_state,
+        run_key,
+        Faults(
+            jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.asarray(skip_faults)
+        ),
+        {k: jnp.asarray(v, jnp.float32) for k, v in (settings or {}).items()},
+    )
