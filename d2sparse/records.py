@@ -12,6 +12,9 @@ A run directory belongs to one configuration and holds
 The same command with the same directory resumes: finished units are read back, and an
 unfinished one goes on from its last checkpoint, or starts afresh where it has none.
 Files appear whole or not at all.
+
+In a run of several processes all of them make the same calls. The first one writes, and
+all read what it has written: the directory is on a file system that they share.
 """
 
 import dataclasses
@@ -23,7 +26,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.typing import ArrayLike
 from matplotlib.figure import Figure
 from tabulate import tabulate
@@ -53,9 +58,11 @@ class Run:
 
     Attributes:
       workdir: the directory.
+      writes: whether this process writes; in others nothing comes of it.
     """
 
     workdir: Path
+    writes: bool = True
     _writers: dict[Unit, SummaryWriter] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -71,6 +78,8 @@ class Run:
         Raises:
           ValueError: there are not as many lines.
         """
+        if not self.writes:
+            return
         path = self.workdir / "metrics.jsonl"
         everything = _complete_lines(path)
         own = [line for line in everything if json.loads(line)["unit"] == unit.name]
@@ -106,6 +115,8 @@ class Run:
           ValueError: if a metric is not a scalar or has the name of another field, or
             the unit has not been started.
         """
+        if not self.writes:
+            return
         if unit not in self._writers:
             raise ValueError(f"unit {unit.name} has not been started: call run.start")
         fields = {"unit": unit.name, **unit._asdict(), "step": int(step)}
@@ -127,7 +138,9 @@ class Run:
         """
         if writer := self._writers.pop(unit, None):
             writer.close()
-        _write_json(self._results(unit), results)
+        if self.writes:
+            _write_json(self._results(unit), results)
+        _meet(f"{unit.name} is written")
 
     def finished(self, unit: Unit) -> dict[str, Any] | None:
         """The results of a unit as `finish` got them, or None if it has to run.
@@ -155,16 +168,19 @@ class Run:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, the results of the whole run."""
-        _write_json(self.workdir / "summary.json", summary)
+        if self.writes:
+            _write_json(self.workdir / "summary.json", summary)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file, such as table.md, into the run directory."""
-        _write(self.workdir / name, text)
+        if self.writes:
+            _write(self.workdir / name, text)
 
     def save_figure(self, name: str, figure: Figure) -> None:
         """Writes a figure to figures/<name>.png."""
         path = self.workdir / "figures" / f"{name}.png"
-        _replace(path, lambda file: figure.savefig(file, format="png"))
+        if self.writes:
+            _replace(path, lambda file: figure.savefig(file, format="png"))
 
     def _show(self, unit: Unit, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -193,19 +209,19 @@ def open_run(workdir: str | os.PathLike[str], config: Any) -> Run:
         those of a run, or belongs to another configuration. Nothing is overwritten.
     """
     path = Path(workdir).expanduser()
-    _make_writable(path)
-    recorded = path / "config.json"
-    if recorded.exists():
-        _refuse_other_config(recorded, config)
+    if jax.process_index() == 0:
+        try:
+            _prepare(path, config)
+        finally:
+            _meet(f"{path.name} is prepared")
         return Run(path)
-    foreign = sorted(entry.name for entry in path.iterdir())
-    if set(foreign) - {_temporary(recorded).name}:
+    _meet(f"{path.name} is prepared")
+    if not (path / "config.json").exists():
         raise ValueError(
-            f"workdir {path} holds files that are not those of a run"
-            f" ({', '.join(foreign[:3])}); give a new or an empty --workdir"
+            f"workdir {path} was not prepared by the first process; give all of them a "
+            "--workdir on a file system that they share, or see its message"
         )
-    _write_json(recorded, dataclasses.asdict(config))
-    return Run(path)
+    return Run(path, writes=False)
 
 
 def identity(config: Any) -> dict[str, Any]:
@@ -329,6 +345,28 @@ def markdown_table(
         colalign=align,
         disable_numparse=True,
     )
+
+
+def _meet(why: str) -> None:
+    """Waits for the other processes, if there are any."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(why)
+
+
+def _prepare(path: Path, config: Any) -> None:
+    """Makes a run directory, or makes sure that it is one of the configuration."""
+    _make_writable(path)
+    recorded = path / "config.json"
+    if recorded.exists():
+        _refuse_other_config(recorded, config)
+        return
+    foreign = sorted(entry.name for entry in path.iterdir())
+    if set(foreign) - {_temporary(recorded).name}:
+        raise ValueError(
+            f"workdir {path} holds files that are not those of a run"
+            f" ({', '.join(foreign[:3])}); give a new or an empty --workdir"
+        )
+    _write_json(recorded, dataclasses.asdict(config))
 
 
 def _make_writable(path: Path) -> None:

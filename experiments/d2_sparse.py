@@ -12,7 +12,7 @@ to RigL is paired, since all methods of a seed see the same labels.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -30,6 +30,7 @@ from experiments.task import (
     draw_splits,
     make_task,
 )
+from experiments.variants import Variant, variants
 
 _COLUMNS = {
     "method": "method",
@@ -56,6 +57,9 @@ class Config(TaskConfig):
     # a fast learner that anneals leaves nothing to average, and symmetric elsewhere.
     preset: Literal["auto", "symmetric", "fast_slow"] = "auto"
     coupling: float = 1.0  # weight of the peer's teaching, in both learners
+    couplings: tuple[float, ...] = ()  # weights to compare; none: that of --coupling
+    # Learning rates to run everything with; none: the one of --learning_rate.
+    learning_rates: tuple[float, ...] = ()
     temperature: float = 1.0  # of the softened outputs that are taught
     coupling_ramp: int = 0  # steps over which the teaching grows to its weight
     mask_coupling: float = 1.0  # 1: masks avoid each other, 0: independent, -1: attract
@@ -90,33 +94,40 @@ def run(config: Config) -> dict[str, Any]:
     methods: dict[str, Method] = {
         name: make_method(name, task, choices) for name in config.methods
     }
+    lists = {"coupling": config.couplings, "learning_rate": config.learning_rates}
+    plans = variants(methods, lists)
     out = records.open_run(config.workdir or _default_workdir(config), config)
 
     def conclude(unit: records.Unit, state: TrainState) -> dict[str, Any]:
-        if unit == records.Unit("d2_sparse", 0):
+        if unit.seed == 0 and plans[unit.method].base == "d2_sparse":
             lines = records.read_metrics(out.workdir)
             own = [line for line in lines if line["unit"] == unit.name]
             overlaps = [(line["step"], line["overlap"]) for line in own]
-            out.save_figure("masks", _picture(state, overlaps))
+            name = unit.method.replace("d2_sparse", "masks", 1)
+            out.save_figure(name, _picture(state, overlaps))
         return {}
 
     def learn(jobs: Sequence[units.Job]) -> None:
-        units.learn(config, out, methods, conclude, jobs, _mask_statistics)
+        units.learn(config, out, plans, conclude, jobs, _mask_statistics)
 
-    units.run_each(config, out, source, methods, learn)
-    return report(config, task, out)
+    def program(name: str) -> int:
+        return id(plans[name].method)
+
+    units.run_each(config, out, source, plans, learn, program)
+    return report(config, task, plans, out)
 
 
-def report(config: Config, task: Task, out: records.Run) -> dict[str, Any]:
+def report(
+    config: Config, task: Task, plans: Mapping[str, Variant], out: records.Run
+) -> dict[str, Any]:
     """Writes summary, table and figures of the finished units, and prints the table."""
-    finished = {
-        name: results.gather(out, name, config.seeds) for name in config.methods
-    }
+    finished = {name: results.gather(out, name, config.seeds) for name in plans}
     rows = [results.summarise(name, own, task) for name, own in finished.items()]
     for row in rows:
-        if "rigl" in finished and row["method"] != "rigl":
+        rigl = _rigl_beside(plans[row["method"]], plans)
+        if rigl in finished:
             own = finished[row["method"]]
-            row |= results.difference("to_rigl", own, finished["rigl"])
+            row |= results.difference("to_rigl", own, finished[rigl])
     lines = records.read_metrics(out.workdir)
     curves = plots.learning_curves(lines, *results.curve_key(lines), percent=True)
     out.save_figure("learning_curves", curves)
@@ -124,6 +135,16 @@ def report(config: Config, task: Task, out: records.Run) -> dict[str, Any]:
     cost = plots.accuracy_against_cost(measured, f"{results.judged(config)} accuracy")
     out.save_figure("accuracy_against_cost", cost)
     return results.publish(config, out, "methods", rows, _COLUMNS)
+
+
+def _rigl_beside(own: Variant, plans: Mapping[str, Variant]) -> str | None:
+    """RigL at the same learning rate, by name; None for RigL itself."""
+    rate = own.settings.get("learning_rate")
+    for other in plans.values():
+        same = other.settings.get("learning_rate") == rate
+        if other.base == "rigl" and same and own.base != "rigl":
+            return other.name
+    return None
 
 
 def _choices(config: Config, samples: int) -> Choices:

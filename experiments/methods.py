@@ -3,6 +3,7 @@
 A method is built once and serves every seed, so its step is compiled once.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,8 +20,10 @@ from d2sparse.train import Data, Runner, TrainState
 from d2sparse.transforms import sparsify
 from experiments.session import Session
 from experiments.singles import (
+    NO_SETTINGS,
     Method,
     Recipe,
+    Settings,
     make_network,
     rewind_step,
     single,
@@ -62,8 +65,8 @@ def imp(task: Task, rounds: int, rewind_fraction: float) -> Method:
     network = make_network(task, Recipe(rules.fixed(dense_masks(task.params))))
     sparsities = lottery.round_sparsities(task.sparsity, rounds)
 
-    def init(key: jax.Array, data: Data) -> Hunt:
-        return lottery.begin_hunt(network.init(key, data))
+    def init(key: jax.Array, data: Data, settings: Settings = NO_SETTINGS) -> Hunt:
+        return lottery.begin_hunt(network.init(key, data, settings))
 
     def fit(
         sessions: Sequence[Session], hunts: Sequence[Hunt], data: Sequence[Data]
@@ -103,28 +106,42 @@ def hunt_tickets(
 
 
 def pair(
-    task: Task, tx: Callable[[jax.Array], Dual], coupling: Coupling, intervals: Dual
+    task: Task,
+    tx: Callable[[Settings, jax.Array], Dual],
+    coupling: Coupling,
+    intervals: Dual,
+    when: Dual | None = None,
 ) -> Method:
     """Two networks, coupled or not.
 
     Args:
       task: what every method is given.
-      tx: key -> transformations of the two networks.
-      coupling: how they influence each other.
+      tx: (settings, key) -> transformations of the two networks.
+      coupling: how they influence each other; equal weights may differ between units.
       intervals: mean steps between the refreshes of each mask, None for none.
+      when: step -> bool of each, when its mask is refreshed.
     """
-    models = Dual(task.model, task.model)
-    transforms = tx(jax.random.key(0))
+    models, own = Dual(task.model, task.model), {"learning_rate": task.learning_rate}
+    if coupling.fast and coupling.fast == coupling.slow:
+        own["coupling"] = coupling.fast
     step = dual.make_dual_step(
-        models, transforms, coupling, task.augment, task.smoothing, task.growth_samples
+        models,
+        lambda settings: tx(settings, jax.random.key(0)),
+        coupling,
+        task.augment,
+        task.smoothing,
+        task.growth_samples,
+        when=when,
     )
     run = train.make_runner(step, task.mesh)
     forward = train.make_predict(task.model)
 
-    def init(key: jax.Array, data: Data) -> TrainState:
+    def init(key: jax.Array, data: Data, settings: Settings = NO_SETTINGS) -> Any:
         mask_key, key = jax.random.split(key)
+        chosen, skip = own | dict(settings), task.skip_faults
+        transforms = tx(chosen, mask_key)
         return dual.init_pair(
-            models, tx(mask_key), data, key, coupling, skip_faults=task.skip_faults
+            models, transforms, data, key, coupling, settings=chosen, skip_faults=skip
         )
 
     def costs(state: TrainState, data: Data) -> dict[str, float]:
@@ -151,6 +168,8 @@ def pair(
         predict,
         stored_and_inference,
         training_macs=training_macs,
+        free=frozenset(own),
+        run=run,
     )
 
 
@@ -160,24 +179,28 @@ def sparse_pair(task: Task, choices: Choices) -> Method:
     halves = dual.split_sparsity(size, task.sparsity)
     plans = _plans(task, choices.preset)
 
-    def tx(key: jax.Array) -> Dual:
+    def tx(settings: Settings, key: jax.Array) -> Dual:
+        plans = _plans(task, choices.preset, settings["learning_rate"])
         return dual.make_transforms(
             plans, halves, task.optimizer, choices.mode, choices.horizon, key
         )
 
     intervals = Dual(*(task.mean_interval(plan.interval) for plan in plans))
-    return pair(task, tx, choices.coupling, intervals)
+    return pair(
+        task, tx, choices.coupling, intervals, Dual(*(plan.when for plan in plans))
+    )
 
 
 def dense_pair(task: Task) -> Method:
     """Two dense networks that teach each other: deep mutual learning."""
-    rate = optax.cosine_decay_schedule(task.learning_rate, task.steps)
 
-    def tx(key: jax.Array) -> Dual:
+    def tx(settings: Settings, key: jax.Array) -> Dual:
+        rate = optax.cosine_decay_schedule(settings["learning_rate"], task.steps)
         network = sparsify(task.optimizer(rate), rules.static(0.0), at([]), key)
         return Dual(network, network)
 
-    return pair(task, tx, Coupling(masks=0.0), Dual(None, None))
+    never = at([])
+    return pair(task, tx, Coupling(masks=0.0), Dual(None, None), Dual(never, never))
 
 
 def make_method(name: str, task: Task, choices: Choices) -> Method:
@@ -187,11 +210,11 @@ def make_method(name: str, task: Task, choices: Choices) -> Method:
       ValueError: unknown name, or choices that do not fit.
     """
     plan = _plans(task, "symmetric").fast
-    rigl = rules.rigl(task.sparsity, plan.drop_fraction)
+    rigl = functools.partial(rules.rigl, drop_fraction=plan.drop_fraction)
     interval = task.mean_interval(plan.interval)
     builders: dict[str, Callable[[], Method]] = {
         "dense": lambda: single(task, Recipe(rules.static(0.0))),
-        "static": lambda: single(task, Recipe(rules.static(task.sparsity))),
+        "static": lambda: single(task, Recipe(rules.static)),
         "rigl": lambda: single(task, Recipe(rigl, plan.when, interval)),
         "imp": lambda: imp(task, choices.imp_rounds, choices.rewind_fraction),
         "uncoupled_pair": lambda: sparse_pair(
@@ -210,5 +233,6 @@ def _in_training(hunt: Hunt) -> TrainState:
     return hunt.state
 
 
-def _plans(task: Task, preset: str) -> Dual:
-    return dual.make_plans(preset, task.learning_rate, task.steps, task.interval)
+def _plans(task: Task, preset: str, learning_rate: float | None = None) -> Dual:
+    rate = task.learning_rate if learning_rate is None else learning_rate
+    return dual.make_plans(preset, rate, task.steps, task.interval)

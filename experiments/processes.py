@@ -1,6 +1,6 @@
-"""Several processes of one run: how they meet, agree, and end when one of them is lost.
+"""Several processes of one run: how they meet, agree, and end when one is lost.
 
-Every process is given the same command but for its index, and sees the same directories:
+All are given the same command but for the index, and see the same directories:
 
     python -m experiments.prune --data_parallel=0 --distributed=host0:9876,2,0
     python -m experiments.prune --data_parallel=0 --distributed=host0:9876,2,1
@@ -101,8 +101,8 @@ def parse(distributed: str) -> Place:
     place = Place(match[1], *map(int, match.groups()[1:]))
     if not (place.index < place.count and 0 < place.port < 2**16):
         raise ValueError(
-            "expected distributed with an index below the count and a port below 65536, "
-            f"got {distributed!r}; write {_FORM}"
+            "expected distributed with an index below the count and a port below "
+            f"65536, got {distributed!r}; write {_FORM}"
         )
     return place
 
@@ -190,7 +190,9 @@ def _last_words() -> Callable[[str], None]:
     jax aborts a process that has lost another one, without asking Python. So a shell
     listens, and writes the words when this process is gone and has not taken them back.
     """
-    script = 'while read -r line; do words=$line; done; [ -z "$words" ] || echo "$words"'
+    script = (
+        'while read -r line; do words=$line; done; [ -z "$words" ] || echo "$words"'
+    )
     shell = subprocess.Popen(
         ["sh", "-c", script + " >&2"],
         stdin=subprocess.PIPE,

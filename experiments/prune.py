@@ -12,6 +12,7 @@ with its standard error; figures show accuracy against sparsity, and how it was 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from experiments.singles import Method
 from experiments.task import (
     Task,
     TaskConfig,
+    check_least,
     default_workdir,
     draw_splits,
     make_prunable,
@@ -53,6 +55,8 @@ class Config(Options, TaskConfig):
     rules: tuple[RecipeName, ...] = ("dense", "static", "gradual", "set", "rigl")
     # Fractions of zeros among the prunable weights; every rule is run at each of them.
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
+    # Learning rates to run everything with; none: the one of --learning_rate.
+    learning_rates: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +66,31 @@ class Point:
     Attributes:
       rule: its name.
       sparsity: fraction of zeros asked for; None for what has none to choose.
+      learning_rate: where several are compared.
     """
 
     rule: str
     sparsity: float | None
+    learning_rate: float | None = None
 
     @property
     def name(self) -> str:
         """The name of its units, such as "rigl-0.9"."""
-        return self.rule if self.sparsity is None else f"{self.rule}-{self.sparsity:g}"
+        sparsity = "" if self.sparsity is None else f"-{self.sparsity:g}"
+        rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
+        return f"{self.rule}{sparsity}{rate}"
+
+    @property
+    def label(self) -> str:
+        """The rule, and its learning rate where several are compared."""
+        rate = self.learning_rate
+        return self.rule if rate is None else f"{self.rule}, lr {rate:g}"
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What tells its runs from others of the rule's program."""
+        given = {"sparsity": self.sparsity, "learning_rate": self.learning_rate}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -87,17 +107,20 @@ def run(config: Config) -> dict[str, Any]:
     first = draw_splits(config, source, seed=0)
     task = make_task(config, first.train, source.num_classes, 0.0)
     task = task._replace(prunable=make_prunable(config.prunable, task))
-    methods = {point.name: make_method(point, task, config) for point in points}
+    plans = make_plans(points, task, config)
     out = records.open_run(config.workdir or default_workdir("prune", config), config)
 
     def conclude(unit: records.Unit, state: TrainState) -> dict[str, float]:
-        live = methods[unit.method].live(state)
+        live = plans[unit.method].method.live(state)
         return {"sparsity": results.sparsity(live, task)}
 
     def learn(jobs: Sequence[units.Job]) -> None:
-        units.learn(config, out, methods, conclude, jobs)
+        units.learn(config, out, plans, conclude, jobs)
 
-    units.run_each(config, out, source, methods, learn)
+    def program(name: str) -> int:
+        return id(plans[name].method)
+
+    units.run_each(config, out, source, plans, learn, program)
     return report(config, task, points, out)
 
 
@@ -128,8 +151,32 @@ def list_points(config: Config) -> list[Point]:
         moves = config.ticket and rule in ("set", "rigl", "sparse_momentum")
         free = moves or rule in ("dense", "fixed", *LEARNED_SPARSITY)
         sparsities = [None] if free else sorted(set(config.sparsities))
-        points += [Point(rule, sparsity) for sparsity in sparsities]
+        rates = sorted(set(config.learning_rates)) or [None]
+        points += [Point(rule, s, rate) for s in sparsities for rate in rates]
     return points
+
+
+def make_plans(
+    points: list[Point], task: Task, config: Config
+) -> dict[str, units.Variant]:
+    """The methods of all points; those of one rule share its program where they can.
+
+    Raises:
+      ValueError: an option is out of its range.
+    """
+    plans: dict[str, units.Variant] = {}
+    by_rule: dict[tuple[str, float | None], Method] = {}
+    for point in points:
+        check_least(point, {"learning_rate": 0} if point.learning_rate else {})
+        shared = by_rule.get((point.rule, None)) or by_rule.get(
+            (point.rule, point.sparsity)
+        )
+        method = make_method(point, task, config)
+        takes_any = "sparsity" in method.free
+        by_rule.setdefault((point.rule, None if takes_any else point.sparsity), method)
+        own = {k: v for k, v in point.settings.items() if k in method.free}
+        plans[point.name] = units.Variant(point.name, point.rule, shared or method, own)
+    return plans
 
 
 def make_method(point: Point, task: Task, config: Config) -> Method:
@@ -164,14 +211,15 @@ def report(
     rows = []
     for point in points:
         own = finished[point.name]
-        row = results.summarise(point.rule, own, task) | {"asked": point.sparsity}
-        if "dense" in finished and point.rule != "dense":
-            row |= results.difference("to_dense", own, finished["dense"])
+        row = results.summarise(point.label, own, task) | {"asked": point.sparsity}
+        dense = Point("dense", None, point.learning_rate).name
+        if dense in finished and point.rule != "dense":
+            row |= results.difference("to_dense", own, finished[dense])
         rows.append(row)
     _draw_curves(points, out)
     _draw_sparsities(config, rows, out)
     columns = dict(_COLUMNS)
-    if "dense" not in finished:
+    if "dense" not in config.rules:
         del columns["to_dense"]
     return results.publish(config, out, "points", rows, columns, "deviation")
 
@@ -182,7 +230,7 @@ def _draw_curves(points: list[Point], out: records.Run) -> None:
     key, by_name = results.curve_key(lines), {point.name: point for point in points}
     for sparsity in sorted({p.sparsity for p in points} - {None}) or [None]:
         own = [
-            line | {"method": point.rule}
+            line | {"method": point.label}
             for line in lines
             if (point := by_name[line["method"]]).sparsity in (None, sparsity)
         ]
@@ -196,8 +244,9 @@ def _draw_sparsities(
 ) -> None:
     label = f"{results.judged(config)} accuracy"
     rows = results.measured(rows)
-    sparse = [row for row in rows if row["method"] != "dense"]
-    dense = next((row for row in rows if row["method"] == "dense"), None)
+    of_dense = [row["method"].startswith("dense") for row in rows]
+    sparse = [row for row, is_dense in zip(rows, of_dense, strict=True) if not is_dense]
+    dense = next(itertools.compress(rows, of_dense), None)
     if sparse:
         figure = plots.accuracy_against_sparsity(sparse, label, dense)
         out.save_figure("accuracy_against_sparsity", figure)

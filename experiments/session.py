@@ -192,6 +192,7 @@ def train_together(
     pending = [session.ledger.logs for session in sessions]
 
     def split(state: TrainState) -> list[TrainState]:
+        state = train.bring(state)
         return [state] if alone else train.unstack_runs(state)
 
     def report(step: int, state: TrainState, logs: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """One network, and how it becomes sparse."""
 
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 
 from d2sparse import lottery, macs, train
+from d2sparse.distributions import Sparsity
 from d2sparse.models import Model
 from d2sparse.reparam import nonzero_masks
 from d2sparse.rules import MaskRule
@@ -19,12 +21,17 @@ from d2sparse.tree import PyTree
 from experiments.session import Session, train_together
 from experiments.task import Task
 
+Settings = Mapping[str, float]
+NO_SETTINGS: Settings = types.MappingProxyType({})
+
 
 class Method(NamedTuple):
     """One way to learn from few labels, built once for all seeds.
 
     Attributes:
-      init: `(key, data) -> begun`, where training starts: a state, or what holds one.
+      init: `(key, data, settings) -> begun`, where training starts: a state, or what
+        holds one. Settings are numbers by name, such as a learning rate, in which the
+        units of one program differ; those that are not given are the task's.
       fit: `(sessions, begun, data) -> states`: the whole training of one or more units,
         from wherever each of them stands.
       predict: `(state, data) -> probabilities by output`, the headline first.
@@ -32,11 +39,14 @@ class Method(NamedTuple):
       live: `state -> masks` of the weights that the forward pass sees; None where a
         method has no single answer.
       state: `begun -> state`, what is being trained.
+      free: names of the settings that a unit may have of its own.
+      run: runner of its steps, where all of them are those of one program and several
+        units can be trained at once.
       training_macs: `(state, data) -> MACs` of the whole training, per example of a
         batch and summed over steps; None where its steps count them.
     """
 
-    init: Callable[[jax.Array, Data], Any]
+    init: Callable[[jax.Array, Data, Settings], Any]
     fit: Callable[
         [Sequence[Session], Sequence[Any], Sequence[Data]], Sequence[TrainState]
     ]
@@ -45,13 +55,15 @@ class Method(NamedTuple):
     live: Callable[[TrainState], PyTree] | None = None
     state: Callable[[Any], TrainState] = lambda begun: begun
     training_macs: Callable[[TrainState, Data], float] | None = None
+    free: frozenset[str] = frozenset({"learning_rate"})
+    run: Runner | None = None
 
 
 class Recipe(NamedTuple):
     """How one network becomes sparse.
 
     Attributes:
-      rule: of its masks.
+      rule: of its masks; as a function of the sparsity one program serves them all.
       when: step -> bool, when they are refreshed.
       interval: mean steps between two growth gradients; None where there are none.
       wrap: `sparsify`, or `freeze`, which leaves the other weights at their value.
@@ -63,7 +75,7 @@ class Recipe(NamedTuple):
         where they are those that the forward pass sees.
     """
 
-    rule: MaskRule
+    rule: MaskRule | Callable[[Sparsity], MaskRule]
     when: When = at([])
     interval: float | None = None
     wrap: Callable[..., optax.GradientTransformationExtraArgs] = sparsify
@@ -76,7 +88,7 @@ class Network(NamedTuple):
     """One network that is trained by a recipe, compiled once.
 
     Attributes:
-      init: `(key, data) -> state`.
+      init: `(key, data, settings) -> state`.
       run: runner of its training steps, whose metrics hold what each of them costs:
         "macs", per example.
       predict: `(state, data) -> probabilities by output`.
@@ -84,7 +96,7 @@ class Network(NamedTuple):
       live: `state -> masks` of the weights that the forward pass sees.
     """
 
-    init: Callable[[jax.Array, Data], TrainState]
+    init: Callable[[jax.Array, Data, Settings], TrainState]
     run: Runner
     predict: Callable[[TrainState, Data], dict[str, np.ndarray]]
     costs: Callable[[TrainState, Data], tuple[int, float]]
@@ -94,13 +106,14 @@ class Network(NamedTuple):
 def single(task: Task, recipe: Recipe) -> Method:
     """One network that is trained by a recipe."""
     network = make_network(task, recipe)
-
     return Method(
         network.init,
         train_through(network.run, task.steps),
         network.predict,
         network.costs,
         network.live,
+        free=frozenset(_defaults(task, recipe)),
+        run=network.run,
     )
 
 
@@ -122,22 +135,27 @@ def make_network(task: Task, recipe: Recipe) -> Network:
     A step costs what the masks that it begins with say, and growth gradients their mean
     over the run; scores that are taken before training are not counted.
     """
-    rate = optax.cosine_decay_schedule(task.learning_rate, task.steps)
-    model = _with_effective(task.model, recipe.effective)
+    model, own = _with_effective(task.model, recipe.effective), _defaults(task, recipe)
 
-    def make_tx(key: jax.Array | int) -> optax.GradientTransformationExtraArgs:
-        return recipe.wrap(task.optimizer(rate), recipe.rule, recipe.when, key)
+    def make_tx(
+        settings: Mapping[str, Any], key: jax.Array | int = 0
+    ) -> optax.GradientTransformationExtraArgs:
+        rate = optax.cosine_decay_schedule(settings["learning_rate"], task.steps)
+        rule = recipe.rule
+        rule = rule(settings["sparsity"]) if callable(rule) else rule
+        return recipe.wrap(task.optimizer(rate), rule, recipe.when, key)
 
     loss = train.make_loss(model, task.augment, task.smoothing)
     # A growth gradient is for those that look at it.
     growth_samples = task.growth_samples if recipe.interval else 0
-    step = train.make_train_step(loss, make_tx(0), growth_samples)
+    step = train.make_train_step(loss, make_tx, growth_samples, recipe.when)
     forward = train.make_predict(model)
 
-    def init(key: jax.Array, data: Data) -> TrainState:
+    def init(key: jax.Array, data: Data, settings: Settings = NO_SETTINGS) -> Any:
         mask_key, key = jax.random.split(key)
+        chosen = own | dict(settings)
         state = train.init_state(
-            model, make_tx(mask_key), data, key, skip_faults=task.skip_faults
+            model, make_tx(chosen, mask_key), data, key, chosen, task.skip_faults
         )
         if task.ticket is not None:
             state = lottery.start_from(task.ticket, state)
@@ -182,6 +200,12 @@ def rewind_step(fraction: float, steps: int) -> int:
             "initial weights"
         )
     return int(fraction * steps)
+
+
+def _defaults(task: Task, recipe: Recipe) -> dict[str, float]:
+    """The settings of a recipe, as the task has them."""
+    own = {"learning_rate": task.learning_rate}
+    return own | ({"sparsity": task.sparsity} if callable(recipe.rule) else {})
 
 
 def _step_macs(

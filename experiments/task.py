@@ -38,6 +38,7 @@ _LEAST = {
     "checkpoint_every": 0,
     "keep_checkpoints": 1,
     "data_parallel": 0,
+    "runs_at_once": 0,
     "learning_rate": 0,
     "momentum": 0,
     "weight_decay": 0,
@@ -85,10 +86,13 @@ class TaskConfig:
     checkpoint_every: int = dataclasses.field(default=0, compare=False)
     # How many of the latest checkpoints of a unit are kept, besides its best.
     keep_checkpoints: int = dataclasses.field(default=2, compare=False)
+    # Runs of one method that are trained as one program; 0: as many as fit into the
+    # memory of an accelerator, and one after another on CPU, where that is faster.
+    runs_at_once: int = dataclasses.field(default=0, compare=False)
     # Devices that every batch is cut up between; 0: all of them.
     data_parallel: int = dataclasses.field(default=1, compare=False)
     # Several processes of one run: "auto" on a cluster that jax knows, or
-    # HOST:PORT,COUNT,INDEX, where the host is that of process 0. They share the workdir.
+    # HOST:PORT,COUNT,INDEX, with the host of process 0. They share the workdir.
     distributed: str = dataclasses.field(default="", compare=False)
     workdir: str = dataclasses.field(default="", compare=False)  # run directory
     progress: bool = dataclasses.field(default=True, compare=False)  # live display
@@ -330,9 +334,11 @@ def _make_mesh(config: TaskConfig, size: int) -> Mesh | None:
             f"every batch, got data_parallel={count} of {everything}; give "
             "--data_parallel=0"
         )
-    if count == 1:
+    alone = jax.default_backend() == "cpu"  # Where runs are not vmapped by themselves.
+    runs = config.runs_at_once or (1 if alone else config.seeds)
+    mesh = train.make_mesh(count, runs)
+    if mesh.size == 1:
         return None
-    mesh = train.make_mesh(count)
     train.check_batch(min(config.batch_size, size), mesh)
     return mesh
 

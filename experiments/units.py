@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +24,10 @@ from experiments import processes, signals
 from experiments.session import Interrupted, Session
 from experiments.singles import Method
 from experiments.task import Splits, TaskConfig, draw_splits
+from experiments.variants import Variant
+
+_SHARE = 0.8  # Part of the memory that runs may take.
+_MOST = 64  # Runs at once, where there is room for more.
 
 Note = Callable[[str], None]
 Statistics = Callable[[TrainState], Mapping[str, Any]]
@@ -66,20 +71,22 @@ def run_each(
     source: data.Source,
     names: Iterable[str],
     learn: Learn,
-    at_once: int = 1,
+    program: Callable[[str], object] | None = None,
 ) -> None:
     """Runs what is not finished yet.
 
-    SIGINT and SIGTERM let the unit that is being trained save its state.
+    SIGINT and SIGTERM let the units that are being trained save their states.
 
     Args:
       config: how many seeds, and what each learns from.
       out: where finished units are found.
       source: the data set.
       names: of the methods.
-      learn: trains and records some units of one method.
-      at_once: how many units of one method it is given; 1 goes seed by seed, so that
-        the methods can be compared early.
+      learn: trains and records some units.
+      program: what the units of a method share with others, so that they can be trained
+        at once: all of them are given to `learn` together. If None, and where runs are
+        trained one after another, every unit comes alone, seed by seed, so that the
+        methods can be compared early.
 
     Raises:
       KeyboardInterrupt: a signal has ended the run.
@@ -87,71 +94,102 @@ def run_each(
     names = list(names)
     every = [records.Unit(name, n) for n in range(config.seeds) for name in names]
     missing = [unit for unit in every if out.finished(unit) is None]
-    splits_of = functools.lru_cache(at_once)(
-        functools.partial(draw_splits, config, source)
-    )
-    with signals.deferred() as asked, _display(config) as progress:
-        interrupted = processes.Agreed(asked)
+    splits_of = functools.cache(functools.partial(draw_splits, config, source))
+    with signals.deferred() as interrupted, _display(config) as progress:
         done = len(every) - len(missing)
         bar = progress.add_task("", total=len(every), completed=done)
+        agreed = processes.Agreed(interrupted)
 
         def note(text: str) -> None:
             progress.update(bar, description=text)
-            interrupted.ask()
+            agreed.ask()  # Here all processes are at the same step.
 
-        for units in _groups(missing, at_once):
-            if interrupted():
+        for units in _groups(missing, None if _one_by_one(config) else program):
+            if agreed():
                 raise KeyboardInterrupt
-            learn([Job(u, splits_of(u.seed), note, interrupted) for u in units])
+            learn([Job(u, splits_of(u.seed), note, agreed) for u in units])
             progress.advance(bar, len(units))
 
 
-def _groups(units: Sequence[records.Unit], size: int) -> list[list[records.Unit]]:
-    """Units of one method, `size` of them at most."""
-    if size == 1:
+def _one_by_one(config: TaskConfig) -> bool:
+    """On CPU runs that are vmapped are slower than one after another."""
+    return config.runs_at_once == 1 or (
+        config.runs_at_once == 0 and jax.default_backend() == "cpu"
+    )
+
+
+def _groups(
+    units: Sequence[records.Unit], program: Callable[[str], object] | None
+) -> list[list[records.Unit]]:
+    if program is None:
         return [[unit] for unit in units]
-    by_method: dict[str, list[records.Unit]] = {}
+    found: dict[object, list[records.Unit]] = {}
     for unit in units:
-        by_method.setdefault(unit.method, []).append(unit)
-    return [
-        members[begin : begin + size]
-        for members in by_method.values()
-        for begin in range(0, len(members), size)
-    ]
+        found.setdefault(program(unit.method), []).append(unit)
+    return list(found.values())
 
 
 def learn(
     config: TaskConfig,
     out: records.Run,
-    methods: Mapping[str, Method],
+    plans: Mapping[str, Variant],
     conclude: Conclude,
     jobs: Sequence[Job],
     statistics: Statistics = lambda state: {},
 ) -> None:
-    """Trains one method with one or more seeds, and records what it learned and cost.
+    """Trains units of one program, and records what they learned and cost.
+
+    As many are trained at once as `--runs_at_once` says or as fit into the memory.
 
     Args:
       config: the flags.
       out: where measurements and results are recorded.
-      methods: by name.
+      plans: methods and settings, by the name of the units.
       conclude: further results of a trained unit.
-      jobs: units of one method.
+      jobs: units of one program.
       statistics: further measurements of a state in training.
     """
-    method = methods[jobs[0].unit.method]
-    sessions = [open_session(config, out, method, job, statistics) for job in jobs]
-    begun = []
-    for job, session in zip(jobs, sessions, strict=True):
-        key, labelled = jax.random.key(job.unit.seed), job.splits.train
-        make = functools.partial(method.init, key, labelled)
-        begun.append((job, session, session.begin(make, method.state)))
+    method, size = plans[jobs[0].unit.method].method, 1
+
+    def begin(job: Job) -> tuple[Job, Session, Any]:
+        session = open_session(config, out, method, job, statistics)
+        make = functools.partial(
+            method.init,
+            jax.random.key(job.unit.seed),
+            job.splits.train,
+            plans[job.unit.method].settings,
+        )
+        return job, session, session.begin(make, method.state)
 
     def position(member: tuple[Job, Session, Any]) -> int:
         return member[1].ledger.taken + int(method.state(member[2]).step)
 
-    # One that had to go back to an earlier checkpoint is behind the others.
-    for _, together in itertools.groupby(sorted(begun, key=position), key=position):
-        _train(out, method, conclude, list(together))
+    while jobs:
+        members = [begin(jobs[0])]
+        if len(jobs) > 1:
+            size = _how_many(config, method, *members[0])
+        members += [begin(job) for job in jobs[1:size]]
+        jobs = jobs[size:]
+        # One that had to go back to an earlier checkpoint is behind the others.
+        for _, together in itertools.groupby(sorted(members, key=position), position):
+            _train(out, method, conclude, list(together))
+
+
+def _how_many(
+    config: TaskConfig, method: Method, job: Job, session: Session, begun: Any
+) -> int:
+    """How many runs of a method are trained at once."""
+    del session
+    if method.run is None:
+        return 1
+    if config.runs_at_once:
+        return config.runs_at_once
+    need = train.estimate_memory(
+        method.run, method.state(begun), job.splits.train, config.batch_size
+    )
+    devices = jax.local_devices()
+    room = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    return max(int(min(_SHARE * room * len(devices) / need, _MOST)), 1)
 
 
 def _train(
@@ -160,11 +198,11 @@ def _train(
     conclude: Conclude,
     members: Sequence[tuple[Job, Session, Any]],
 ) -> None:
+    """Trains units that stand at one step, to their end."""
     jobs, sessions, begun = zip(*members, strict=True)
-    data_of_each = [job.splits.train for job in jobs]
-    failure = ""
+    labelled, failure = [job.splits.train for job in jobs], ""
     try:
-        states = method.fit(sessions, begun, data_of_each)
+        states = method.fit(sessions, begun, labelled)
     except FloatingPointError as error:
         failure = str(error)
     finally:
@@ -172,12 +210,11 @@ def _train(
             session.wait()
     for number, (job, session) in enumerate(zip(jobs, sessions, strict=True)):
         if failure or train.has_failed(states[number]):
-            message = failure or train.failure(states[number])
-            out.fail(job.unit, message)
+            out.fail(job.unit, failure or train.failure(states[number]))
             continue
         state = states[number]
         found = judge(method, state, job.splits) | {
-            "training_macs": method.training_macs(state, data_of_each[number])
+            "training_macs": method.training_macs(state, labelled[number])
             if method.training_macs
             else session.ledger.spent,
             "seconds": session.seconds / len(jobs),

@@ -6,14 +6,18 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from d2sparse.data import load
+from d2sparse.data import load, sources
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPARED = Path(os.environ.get("TFDS_DATA_DIR") or ROOT.parent / "shared" / "tfds")
@@ -330,3 +334,86 @@ def test_other_tasks_are_refused(tmp_path):
         prepare(tmp_path / folder, splits, features=feature)
         with pytest.raises(ValueError, match=message):
             load("toy", tmp_path / folder)
+
+
+class Counted:
+    """Records that remember which of them were read."""
+
+    def __init__(self, examples):
+        self.examples, self.read = examples, []
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitems__(self, numbers):
+        self.read += numbers
+        examples = [self.examples[number] for number in numbers]
+        return [{"image": png(image), "label": label} for image, label in examples]
+
+
+@pytest.fixture
+def in_processes(monkeypatch):
+    """Calls a function in so many threads, which take themselves for processes."""
+    index = threading.local()
+
+    def call(count, function):
+        barrier, given = threading.Barrier(count, timeout=20), [None] * count
+
+        def gather(own):
+            given[index.value] = own
+            barrier.wait()
+            everything = np.stack(given)
+            barrier.wait()
+            return everything
+
+        def thread(number):
+            index.value = number
+            return function(number)
+
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        monkeypatch.setattr(jax, "process_index", lambda: index.value)
+        monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+        with ThreadPoolExecutor(count) as pool:
+            futures = [pool.submit(thread, number) for number in range(count)]
+            return [future.exception() or future.result() for future in futures]
+
+    return call
+
+
+@pytest.mark.parametrize("chunk", [3, 4096])
+@pytest.mark.parametrize("processes", [1, 2, 3, 7, 13])
+def test_each_process_reads_its_share_and_all_get_everything(
+    in_processes, monkeypatch, processes, chunk
+):
+    monkeypatch.setattr(sources, "_CHUNK", chunk)
+    examples = labelled(0, 11)
+    records = [Counted(examples) for _ in range(processes)]
+    splits = in_processes(
+        processes, lambda number: sources._read("toy/train", records[number], "RGB")
+    )
+    for split in splits:
+        assert split.images.dtype == np.uint8
+        assert split.labels.dtype == np.int32
+        np.testing.assert_array_equal(split.images, random_images(0, 11))
+        assert split.labels.tolist() == [label for _, label in examples]
+    assert [n for own in records for n in own.read] == list(range(11))
+    assert {len(own.read) for own in records} <= {11 // processes, -(-11 // processes)}
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ((random_images(1, 1, (6, 4, 3))[0], 0), r"one size, got \([56], 4, 3\) and"),
+        ((random_images(1, 1)[0], -1), "label, got -1 in toy"),
+    ],
+)
+@pytest.mark.parametrize("position", [0, 4, 9])
+def test_all_processes_refuse_what_one_has_met(in_processes, odd, message, position):
+    examples = labelled(0, 10)
+    examples[position] = odd
+    records = Counted(examples)
+    errors = in_processes(3, lambda number: sources._read("toy", records, "RGB"))
+    assert len({str(error) for error in errors}) == 1
+    for error in errors:
+        assert isinstance(error, ValueError)
+        assert re.search(message, str(error))

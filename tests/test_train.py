@@ -521,3 +521,78 @@ def test_evaluation_is_over_the_whole_set():
     for name, value in scores.items():
         assert isinstance(value, float)
         np.testing.assert_allclose(value, expected[name], rtol=1e-5)
+
+
+def host_copy(state):
+    return jax.tree.map(jnp.copy, state)
+
+
+def recorded_fit(run, state, data, steps=9, stop_after=None, **options):
+    """A training with its reports and saves; it may be stopped after some steps."""
+    reports, saves, asked = [], [], []
+
+    def interrupted():
+        asked.append(None)
+        return stop_after is not None and len(asked) >= stop_after
+
+    def report(step, state, logs):
+        reports.append((step, dict(logs)))
+
+    def save(state, logs):
+        saves.append((host_copy(state), {k: list(v) for k, v in logs.items()}))
+
+    try:
+        state = train.fit(
+            run,
+            state,
+            data,
+            steps,
+            BATCH,
+            4,
+            report,
+            save=save,
+            interrupted=interrupted,
+            **options,
+        )
+    except KeyboardInterrupt:
+        state = None
+    return state, reports, saves
+
+
+@pytest.mark.parametrize("stop_after", range(1, 10))
+def test_interrupted_at_any_step_it_goes_on_to_the_same_bits(
+    data, sparse_run, stop_after
+):
+    run, init, _, _ = sparse_run
+    whole, expected, _ = recorded_fit(run, init(data), data)
+    none, before, saves = recorded_fit(run, init(data), data, stop_after=stop_after)
+    assert none is None
+    ((state, logs),) = saves
+    # It is asked before every step of a loop but the first, and after the loop.
+    assert int(state.step) <= stop_after
+    end, after, _ = recorded_fit(run, state, data, logs=logs)
+    assert before + after == expected
+    for path, value in arrays(whole).items():
+        np.testing.assert_array_equal(arrays(end)[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_every_save_is_a_place_to_go_on_from(data, sparse_run, number):
+    run, init, _, _ = sparse_run
+    whole, expected, saves = recorded_fit(run, init(data), data, save_every=3)
+    assert [int(state.step) for state, _ in saves] == [3, 6, 9]
+    assert [len(logs.get("loss", [])) for _, logs in saves] == [3, 2, 0]
+    state, logs = saves[number]
+    end, after, _ = recorded_fit(run, state, data, logs=logs, save_every=3)
+    done = [report for report in expected if report[0] <= 3 * (number + 1)]
+    assert done + after == expected
+    for path, value in arrays(whole).items():
+        np.testing.assert_array_equal(arrays(end)[path], value, err_msg=path)
+
+
+def test_a_scan_is_not_interrupted_but_what_follows_it_is(data, sparse_run):
+    _, init, _, step = sparse_run
+    run = runner(step, "gpu")
+    _, reports, saves = recorded_fit(run, init(data), data, stop_after=1)
+    assert [step for step, _ in reports] == [4]
+    assert int(saves[-1][0].step) == 4

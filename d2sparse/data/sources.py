@@ -2,16 +2,20 @@
 
 `"digits"`, the handwritten digits of scikit-learn, is embedded and needs no network.
 Any other name is a data set of TensorFlow Datasets (TFDS), read from a folder where
-it was prepared as array_record files. Reading needs no TensorFlow; preparing does.
+it was prepared as array_record files. Reading needs no TensorFlow; preparing does. In a
+run of several processes each reads a share of the records, and all get all examples.
 """
 
 import difflib
 import io
+import itertools
 import os
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 _DIGITS_TEST_PER_CLASS = 50
 _CHUNK = 4096
@@ -199,23 +203,85 @@ def _test_split(name: str, splits: list[str]) -> str:
 
 
 def _read(name: str, records: Any, mode: str) -> Split:
-    count = len(records)
-    shape = _decode(records[0]["image"], mode).shape
-    images, labels = np.empty((count, *shape), np.uint8), np.empty(count, np.int32)
-    for start in range(0, count, _CHUNK):
-        # TFDS reads a batch of records about twice as fast as one after the other.
-        chunk = records.__getitems__(range(start, min(start + _CHUNK, count)))
-        for i, record in enumerate(chunk, start):
-            image = _decode(record["image"], mode)
-            if image.shape != shape:
-                raise ValueError(
-                    f"expected images of one size, got {shape} and {image.shape} in "
-                    f"{name}; choose a data set of equal images or resize it beforehand"
-                )
-            images[i], labels[i] = image, record["label"]
+    """All examples, of which each process reads and decodes its share."""
+    shares = _shares(len(records), jax.process_count())
+    images, labels, own_sizes = _read_share(records, shares[jax.process_index()], mode)
+    # Every process comes to know of every problem, so that none waits for another.
+    sizes = _distinct(_gather(own_sizes).reshape(-1, 3))
+    if len(sizes) > 1:
+        raise ValueError(
+            f"expected images of one size, got {sizes[0]} and {sizes[1]} in {name}; "
+            "choose a data set of equal images or resize it beforehand"
+        )
+    labels = _put_together(labels, shares)
     if labels.min() < 0:
         raise ValueError(f"expected every example to have a label, got -1 in {name}")
-    return Split(images, labels)
+    return Split(_put_together(images.reshape(-1, *sizes[0]), shares), labels)
+
+
+def _shares(count: int, processes: int) -> list[range]:
+    """Which records each process reads: blocks that differ by one in length at most.
+
+    >>> _shares(10, 4)
+    [range(0, 2), range(2, 5), range(5, 7), range(7, 10)]
+    """
+    ends = [count * number // processes for number in range(processes + 1)]
+    return [range(*block) for block in itertools.pairwise(ends)]
+
+
+def _read_share(
+    records: Any, share: range, mode: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images and labels of some records, and two sizes of images: the first and last.
+
+    It stops after an image of another size than the first. Without records there are no
+    sizes, which are zeros then.
+    """
+    images, labels = np.empty((0, 0), np.uint8), np.zeros(len(share), np.int32)
+    sizes = np.zeros((2, 3), np.int32)
+    for start in range(0, len(share), _CHUNK):
+        # TFDS reads a batch of records about twice as fast as one after the other.
+        chunk = records.__getitems__(share[start : start + _CHUNK])
+        for i, record in enumerate(chunk, start):
+            image = _decode(record["image"], mode)
+            if i == 0:
+                images = np.empty((len(share), *image.shape), np.uint8)
+                sizes[0] = image.shape
+            sizes[1] = image.shape
+            if image.shape != images.shape[1:]:
+                return images, labels, sizes
+            images[i], labels[i] = image, record["label"]
+    return images, labels, sizes
+
+
+def _distinct(sizes: np.ndarray) -> list[tuple[int, ...]]:
+    """Sizes in the order they are met."""
+    return [size for size in dict.fromkeys(map(tuple, sizes.tolist())) if any(size)]
+
+
+def _put_together(own: np.ndarray, shares: list[range]) -> np.ndarray:
+    """The rows of all processes in the order of their shares; `own` are those of this.
+
+    They pass through the devices, which is why only a chunk of them does at a time.
+    """
+    if len(shares) == 1:
+        return own
+    whole = np.empty((shares[-1].stop, *own.shape[1:]), own.dtype)
+    for start in range(0, max(map(len, shares)), _CHUNK):
+        blocks = [share[start : start + _CHUNK] for share in shares]
+        rows = np.zeros((max(map(len, blocks)), *own.shape[1:]), own.dtype)
+        mine = own[start : start + _CHUNK]
+        rows[: len(mine)] = mine
+        for block, gathered in zip(blocks, _gather(rows), strict=True):
+            whole[block.start : block.stop] = gathered[: len(block)]
+    return whole
+
+
+def _gather(own: np.ndarray) -> np.ndarray:
+    """What all processes have, one after the other along a new first axis."""
+    if jax.process_count() == 1:
+        return own[None]
+    return np.asarray(multihost_utils.process_allgather(own))
 
 
 def _decode(encoded: bytes, mode: str) -> np.ndarray:

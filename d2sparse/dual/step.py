@@ -20,6 +20,7 @@ from d2sparse.train import (
     growth_batch,
     init_state,
     inputs,
+    is_finite,
     step_keys,
     take,
 )
@@ -84,12 +85,13 @@ def init_pair(
 
 def make_dual_step(
     models: Dual,
-    tx: Dual,
+    tx: Dual | Callable[[Mapping[str, jax.Array]], Dual],
     coupling: Coupling,
     augment: Augment | None = None,
     smoothing: float = 0.0,
     growth_samples: int = 1024,
     prunable: Prunable = is_kernel,
+    when: Dual | None = None,
 ) -> Step:
     """One step of the pair, pure: `(state, data, indices) -> (state, metrics)`.
 
@@ -99,20 +101,26 @@ def make_dual_step(
 
     Args:
       models: the two networks; two of one shape where the slow one consolidates.
-      tx: their optimisers.
-      coupling: how they influence each other.
+      tx: their optimisers, or a function that makes them of the run's settings.
+      coupling: how they influence each other. The run's setting "coupling", where it
+        has one, stands for both weights of the teaching.
       augment: `(key, images) -> images`.
       smoothing: label smoothing in [0, 1).
       growth_samples: examples of the growth gradient (at most all); 0 means the batch.
       prunable: predicate on (path, leaf).
+      when: step -> bool of each, when its masks are refreshed, as the optimisers have
+        it themselves. Runs that are vmapped need it, see `train.make_train_step`.
     """
-    consolidated = isinstance(tx.slow, Consolidation)
-    objective = _make_objective(models, coupling, augment, smoothing, consolidated)
+    whens = when or Dual(None, None)
 
     def step(
         state: TrainState, data: Data, indices: jax.Array
     ) -> tuple[TrainState, Metrics]:
         params, opt_state = state.params, state.opt_state
+        own = tx(state.settings) if callable(tx) else tx
+        consolidated = isinstance(own.slow, Consolidation)
+        objective = _make_objective(models, coupling, augment, smoothing, consolidated)
+        due = Dual(*({} if f is None else {"refresh": f(state.step)} for f in whens))
         loss_key, order_key, growth_key = step_keys(state)
 
         def gradient(batch: Data, key: jax.Array) -> tuple[Dual, Any]:
@@ -128,24 +136,26 @@ def make_dual_step(
 
         kappa, masks = coupling.masks, get_pair_masks(state)
         fast, fast_state = _descend(
-            tx.fast,
+            own.fast,
             params.fast,
             opt_state.fast,
             grads.fast,
             lambda: discourage(dense_grads().fast, masks.slow, kappa),
+            **due.fast,
         )
         fast_masks = get_masks(fast_state)
         if consolidated:
             slow, slow_state = consolidate(
-                opt_state.slow, fast, fast_masks, state.step, tx.slow, prunable
+                opt_state.slow, fast, fast_masks, state.step, own.slow, prunable
             )
         else:
             slow, slow_state = _descend(
-                tx.slow,
+                own.slow,
                 params.slow,
                 opt_state.slow,
                 grads.slow,
                 lambda: discourage(dense_grads().slow, fast_masks, kappa),
+                **due.slow,
             )
         after = state._replace(
             step=state.step + 1,
@@ -153,7 +163,7 @@ def make_dual_step(
             model_state=model_state,
             opt_state=Dual(fast_state, slow_state),
         )
-        return after, logs
+        return after, logs | {"finite": is_finite(grads)}
 
     return step
 
@@ -200,7 +210,8 @@ def _make_objective(
         (fast, fast_state), (slow, slow_state) = outputs
         ramp = jnp.minimum(1.0, state.step / coupling.ramp) if coupling.ramp else 1.0
 
-        def loss(logits: jax.Array, peer: jax.Array, weight: float) -> jax.Array:
+        def loss(logits: jax.Array, peer: jax.Array, given: float) -> jax.Array:
+            weight = state.settings.get("coupling", given)
             own = losses.cross_entropy(logits, batch.labels, smoothing)
             taught = losses.distillation(logits, peer, coupling.temperature)
             return jnp.mean(own + ramp * weight * taught)
@@ -241,9 +252,12 @@ def _descend(
     opt_state: optax.OptState,
     grads: PyTree,
     growth_fn: Callable[[], PyTree],
+    **extra: Any,
 ) -> tuple[PyTree, optax.OptState]:
     tx = optax.with_extra_args_support(tx)
-    updates, opt_state = tx.update(grads, opt_state, params, growth_fn=growth_fn)
+    updates, opt_state = tx.update(
+        grads, opt_state, params, growth_fn=growth_fn, **extra
+    )
     return optax.apply_updates(params, updates), opt_state
 
 

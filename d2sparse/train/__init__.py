@@ -4,10 +4,19 @@ The state is a NamedTuple of arrays and the data lie on the device, so a run is 
 function of them: the batch and the augmentation of step t follow from the key and t.
 """
 
-from d2sparse.train.devices import Placement, check_batch, make_mesh, place
+from d2sparse.train.devices import (
+    Placement,
+    apart,
+    bring,
+    check_batch,
+    lay,
+    make_mesh,
+    place,
+)
 from d2sparse.train.evaluation import evaluate, make_predict
 from d2sparse.train.faults import failure, guard, has_failed, last_good
 from d2sparse.train.loops import Logs, Report, Runner, Save, fit, make_runner
+from d2sparse.train.memory import estimate_memory
 from d2sparse.train.optimizers import make_optimizer
 from d2sparse.train.runs import RUNS, is_stacked, stack_runs, unstack_runs
 from d2sparse.train.state import (
@@ -24,6 +33,7 @@ from d2sparse.train.steps import (
     Loss,
     Step,
     growth_batch,
+    is_finite,
     make_loss,
     make_train_step,
     step_indices,
@@ -43,7 +53,10 @@ __all__ = [
     "Save",
     "Step",
     "TrainState",
+    "apart",
+    "bring",
     "check_batch",
+    "estimate_memory",
     "evaluate",
     "failure",
     "fit",
@@ -52,8 +65,10 @@ __all__ = [
     "has_failed",
     "init_state",
     "inputs",
+    "is_finite",
     "is_stacked",
     "last_good",
+    "lay",
     "make_loss",
     "make_mesh",
     "make_optimizer",

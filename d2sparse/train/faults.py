@@ -5,37 +5,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2sparse.train.state import Data, Faults, Metrics, TrainState
-from d2sparse.train.steps import Step
+from d2sparse.train.steps import Step, is_finite
 from d2sparse.transforms import refreshes_are_sound
-from d2sparse.tree import PyTree
 
 
 def guard(step: Step) -> Step:
     """A step that keeps the state where its update would not be finite.
 
-    An update is at fault where a metric of the step, an updated parameter or a batch
-    statistic is infinite or NaN, or a refresh of the masks has met a NaN. It is left
-    out and counted. A run that does not skip faults takes no update from the first one
-    on; only its step goes on counting, as it does in the runs that are vmapped with it.
+    An update is at fault where a metric of the step, its gradient or a batch statistic
+    is infinite or NaN, or a refresh of the masks has met a NaN. It is left out and
+    counted. A run that does not skip faults takes no update from the first one on; only
+    its step goes on counting, as it does in the runs that are vmapped with it.
 
     Args:
-      step: `(state, data, indices) -> (state, metrics)`.
+      step: `(state, data, indices) -> (state, metrics)`. Its metrics may hold "finite",
+        bool[]: whether its gradient is. Without, the updated parameters are looked at.
 
     Returns:
-      The guarded step. Its metrics hold "skipped" besides: 1 where there was no update,
-      0 elsewhere.
+      The guarded step. In place of "finite" its metrics hold "skipped": 1 where there
+      was no update, 0 elsewhere.
     """
 
     def guarded(
         state: TrainState, data: Data, indices: jax.Array
     ) -> tuple[TrainState, Metrics]:
         new, logs = step(state, data, indices)
-        sound = _finite((logs, new.params, new.model_state))
+        sound = logs.pop("finite") if "finite" in logs else is_finite(new.params)
+        sound &= is_finite((logs, new.model_state))
         sound &= refreshes_are_sound(new.opt_state)
         going = state.faults.skip | (state.faults.total == 0)
         faults = _note(state.faults, going & ~sound, state.step)
         updated = sound & going
-        # A select and no branch: it is fused into the update, and copies nothing.
+        # A select by what is known before the update: a branch would copy the state.
         params, model_state, opt_state = jax.tree.map(
             lambda after, before: jnp.where(updated, after, before),
             (new.params, new.model_state, new.opt_state),
@@ -81,12 +82,3 @@ def _note(faults: Faults, found: jax.Array, step: jax.Array) -> Faults:
     return faults._replace(
         total=faults.total + found, first=jnp.where(is_first, step, faults.first)
     )
-
-
-def _finite(values: PyTree) -> jax.Array:
-    """Whether all are: bool[]. A maximum, since `all` writes its bools out first."""
-    finite = jnp.ones((), bool)
-    for leaf in jax.tree.leaves(values):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size:
-            finite &= jnp.isfinite(jnp.max(jnp.abs(leaf)))
-    return finite

@@ -1,5 +1,6 @@
 """Steps strung together: what a backend runs at once, and whole trainings."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -8,7 +9,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from d2sparse.train.devices import check_batch, place
+from d2sparse.train.devices import (
+    LayOnce,
+    Placement,
+    apart,
+    check_batch,
+    lay,
+    make_mesh,
+    place,
+)
 from d2sparse.train.faults import failure, guard, has_failed
 from d2sparse.train.runs import RUNS, is_stacked
 from d2sparse.train.state import Data, Metrics, TrainState
@@ -183,8 +192,16 @@ def _on_mesh(
     """The runner of a step whose arguments lie on the mesh."""
     if mesh is None or mesh.size == 1:
         return string(step)
-    where = place(mesh, stacked)
-    run = string(step, out_shardings=(where.state, None))
+    batch_axis, lay_once = mesh.shape["data"], LayOnce()
+
+    @functools.cache
+    def on_mesh_of(runs: int) -> tuple[Placement, Runner]:
+        # As many devices along "run" as can share the runs evenly.
+        fits = runs % mesh.shape["run"] == 0
+        own = mesh if fits else make_mesh(batch_axis, runs)
+        where = place(own, stacked)
+        each = apart(step, own) if stacked else step
+        return where, string(each, out_shardings=(where.state, None))
 
     def placed(
         state: TrainState,
@@ -193,10 +210,11 @@ def _on_mesh(
         interrupted: Callable[[], bool] = _never,
     ) -> tuple[TrainState, Metrics]:
         check_batch(indices.shape[-1], mesh)
+        where, run = on_mesh_of(len(state.key) if stacked else mesh.shape["run"])
         return run(
-            jax.device_put(state, where.state),
-            jax.device_put(data, where.data),
-            jax.device_put(indices, where.indices),
+            lay(state, where.state),
+            lay_once(data, where.data),
+            lay(indices, where.indices),
             interrupted,
         )
 
@@ -213,7 +231,9 @@ def _loop(step: Step, **options: Any) -> Runner:
         interrupted: Callable[[], bool] = _never,
     ) -> tuple[TrainState, Metrics]:
         logs: list[Metrics] = []
-        for row in indices if _is_spread(indices) else np.asarray(indices):
+        rows = indices if _is_spread(indices) else np.asarray(indices)
+        # Not `for row in rows`, which has to see all of what other processes hold.
+        for row in (rows[number] for number in range(len(rows))):
             if logs and interrupted():
                 break
             state, log = compiled(state, data, row)

@@ -53,6 +53,8 @@ def make_train_step(
 ) -> Step:
     """One step of gradient descent, pure: `(state, data, indices) -> (state, metrics)`.
 
+    To the metrics of the loss it adds "finite", bool[], for `guard`.
+
     Args:
       loss: `(params, model_state, batch, key) -> (loss, (model_state, metrics))`.
       tx: any Optax optimiser, or a function that makes it of the run's settings.
@@ -89,9 +91,22 @@ def make_train_step(
             model_state=model_state,
             opt_state=opt_state,
         )
-        return after, logs
+        return after, logs | {"finite": is_finite(grads)}
 
     return step
+
+
+def is_finite(values: PyTree) -> jax.Array:
+    """Whether all numbers are: bool[]. A maximum: `all` writes its bools out first.
+
+    >>> bool(is_finite({"w": jnp.ones(2), "b": jnp.array([0.0, jnp.inf])}))
+    False
+    """
+    finite = jnp.ones((), bool)
+    for leaf in jax.tree.leaves(values):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size:
+            finite &= jnp.isfinite(jnp.max(jnp.abs(leaf)))
+    return finite
 
 
 def step_keys(state: TrainState) -> jax.Array:

@@ -12,27 +12,30 @@ from experiments.task import Task
 
 def methods(task: Task, options: Options, shared: Shared) -> Makers:
     """Methods by name."""
-    sparsity, stop = task.sparsity, refresh_stop(task.steps)
+    stop = refresh_stop(task.steps)
     when, drop = every(task.interval, stop=stop), cosine(options.drop_fraction, stop)
 
     def set_() -> Recipe:
         last_refresh(task)  # Complains where there is none.
-        return Recipe(rules.set_(sparsity, drop, **shared), when)
+        return Recipe(lambda s: rules.set_(s, drop, **shared), when)
 
     def rigl() -> Recipe:
         last_refresh(task)
         interval = task.mean_interval(task.interval)
-        return Recipe(rules.rigl(sparsity, drop, **shared), when, interval)
+        return Recipe(lambda s: rules.rigl(s, drop, **shared), when, interval)
 
     def sparse_momentum() -> Recipe:
         last_refresh(task)
-        rule = rules.sparse_momentum(sparsity, drop, **shared)
-        return Recipe(rule, when, trained=lambda state: dense_masks(state.params))
+        return Recipe(
+            lambda s: rules.sparse_momentum(s, drop, **shared),
+            when,
+            trained=lambda state: dense_masks(state.params),
+        )
 
     return by_recipe(
         task,
         {
-            "static": lambda: Recipe(rules.static(sparsity, **shared)),
+            "static": lambda: Recipe(lambda s: rules.static(s, **shared)),
             "set": set_,
             "rigl": rigl,
             "sparse_momentum": sparse_momentum,

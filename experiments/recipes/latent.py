@@ -42,8 +42,8 @@ def methods(task: Task, options: Options, shared: Shared) -> Makers:
 
     def powerprop() -> Method:
         """Pruned by the magnitude of theta, which orders weights as their own does."""
-        rule = rules.one_shot(task.sparsity, **shared)
-        recipe = Recipe(rule, at([int(options.prune_at * task.steps)]))
+        when = at([int(options.prune_at * task.steps)])
+        recipe = Recipe(lambda s: rules.one_shot(s, **shared), when)
         return single(_in_powers(task, options.power), recipe)
 
     return by_recipe(task, {"top_kast": top_kast}) | {"powerprop": powerprop}

@@ -1,6 +1,10 @@
 """Methods that lose weights in training; all but GraNet begin dense."""
 
+import jax.numpy as jnp
+
 from d2sparse import rules, scores
+from d2sparse.distributions import Sparsity
+from d2sparse.rules import MaskRule
 from d2sparse.schedules import alternating, at, cosine, cubic, every, refresh_stop
 from d2sparse.scores import Score
 from experiments.recipes.arguments import Shared
@@ -12,26 +16,29 @@ from experiments.task import Task
 
 def methods(task: Task, options: Options, shared: Shared) -> Makers:
     """Methods by name."""
-    sparsity, stop = task.sparsity, refresh_stop(task.steps)
+    stop = refresh_stop(task.steps)
     when = every(task.interval, stop=stop)
     score: Score = getattr(scores, options.score)
 
     def one_shot() -> Recipe:
-        rule = rules.one_shot(sparsity, score, **shared)
-        return Recipe(rule, at([int(options.prune_at * task.steps)]))
+        when = at([int(options.prune_at * task.steps)])
+        return Recipe(lambda s: rules.one_shot(s, score, **shared), when)
 
     def gradual(score: Score) -> Recipe:
-        ramp = cubic(sparsity, last_refresh(task))
-        return Recipe(rules.gradual(ramp, score, **shared), when)
+        last = last_refresh(task)
+        return Recipe(lambda s: rules.gradual(cubic(s, last), score, **shared), when)
 
     def movement() -> Recipe:
-        ramp = cubic(sparsity, last_refresh(task))
-        return Recipe(rules.movement(ramp, **shared), when)
+        last = last_refresh(task)
+        return Recipe(lambda s: rules.movement(cubic(s, last), **shared), when)
 
     def granet() -> Recipe:
-        begin = min(options.start_sparsity, sparsity)
-        ramp = cubic(sparsity, last_refresh(task), start=begin)
-        rule = rules.granet(ramp, cosine(options.drop_fraction, stop), **shared)
+        last, drop = last_refresh(task), cosine(options.drop_fraction, stop)
+
+        def rule(sparsity: Sparsity) -> MaskRule:
+            begin = jnp.minimum(options.start_sparsity, sparsity)
+            return rules.granet(cubic(sparsity, last, start=begin), drop, **shared)
+
         return Recipe(rule, when, task.mean_interval(task.interval))
 
     def ac_dc() -> Recipe:
@@ -42,8 +49,10 @@ def methods(task: Task, options: Options, shared: Shared) -> Makers:
                 f"expected more than {last} steps, for the dense and sparse phases of "
                 f"ac_dc, got {task.steps}; raise --steps"
             )
-        rule = rules.ac_dc(sparsity, alternating(phase, stop=last), **shared)
-        return Recipe(rule, every(phase, stop=last + 1))
+        phases = alternating(phase, stop=last)
+        return Recipe(
+            lambda s: rules.ac_dc(s, phases, **shared), every(phase, stop=last + 1)
+        )
 
     return by_recipe(
         task,

@@ -1,0 +1,272 @@
+"""Faults of every kind at a chosen step, against runs that never reach that step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from d2sparse import dual, train
+from d2sparse.data import Split
+from d2sparse.dual import Coupling, Dual
+from d2sparse.models import from_linen, layers, lenet_300_100
+from d2sparse.rules import rigl
+from d2sparse.schedules import every
+from d2sparse.transforms import get_masks, sparsify
+from d2sparse.tree import flatten
+
+SIZE, BATCH, STEPS = 24, 8, 8
+KINDS = ("loss", "gradient", "statistics", "refresh")
+# A refresh comes every third step; the other faults fall beside it.
+FAULTS = [("loss", 0), ("gradient", 2), ("statistics", 5), ("refresh", 3)]
+
+
+class Normed(nn.Module):
+    """A perceptron with BatchNorm."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = layers.dense(8, name="first")(x.reshape(len(x), -1))
+        x = nn.relu(layers.batch_norm(train=train, name="norm")(x))
+        return layers.dense(10, name="head")(x)
+
+
+MODEL = from_linen(Normed())
+TX = sparsify(optax.adam(0.01), rigl(0.5), every(3))
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(SIZE, 4, 4, 1)).astype(np.uint8)
+    return train.to_device(Split(images, np.arange(SIZE, dtype=np.int32) % 10))
+
+
+def poison(where, value):
+    return jnp.where(where, value, 0.0)
+
+
+def faulty(state, data, indices):
+    """A step that goes wrong where the settings say so."""
+    plain, settings = train.make_loss(MODEL), state.settings
+    due = state.step == settings["at"]
+    hit = {kind: due & (settings["kind"] == n) for n, kind in enumerate(KINDS)}
+
+    def loss(params, model_state, batch, key):
+        value, (model_state, logs) = plain(params, model_state, batch, key)
+        # The factor has a gradient, its product none of its own.
+        slope = jnp.sum(params["first"]["kernel"])
+        if len(batch.labels) > BATCH:
+            return value + slope * poison(hit["refresh"], jnp.nan), (model_state, logs)
+        logs = logs | {"loss": logs["loss"] + poison(hit["loss"], jnp.nan)}
+        wrong = poison(hit["statistics"], jnp.nan)
+        model_state = jax.tree.map(lambda leaf: leaf + wrong, model_state)
+        return value + slope * poison(hit["gradient"], jnp.inf), (model_state, logs)
+
+    step = train.make_train_step(loss, TX, growth_samples=16, when=every(3))
+    return step(state, data, indices)
+
+
+def runner(step, backend):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: backend)
+        return train.make_runner(step)
+
+
+@pytest.fixture(scope="module", params=["cpu", "gpu"], ids=["loop", "scan"])
+def run(request):
+    return runner(faulty, request.param)
+
+
+def begin(data, kind="loss", at=-1, skip=False, seed=0):
+    settings = {"at": at, "kind": KINDS.index(kind)}
+    key = jax.random.key(seed)
+    return train.init_state(MODEL, TX, data, key, settings, skip_faults=skip)
+
+
+def arrays(tree):
+    """Every number of a tree, on the host."""
+
+    def leaf(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.array(jax.random.key_data(x) if is_key else x)
+
+    return {path: leaf(x) for path, x in flatten(tree).items()}
+
+
+def copy(state):
+    return jax.tree.map(jnp.copy, state)
+
+
+def assert_same_bits(state, expected):
+    state, expected = arrays(state), arrays(expected)
+    assert state.keys() == expected.keys()
+    for path, numbers in expected.items():
+        np.testing.assert_array_equal(state[path], numbers, err_msg=path)
+
+
+def assert_pruned(params, masks):
+    params, masks = arrays(params), arrays(masks)
+    assert any(not mask.all() for mask in masks.values())
+    for path, mask in masks.items():
+        assert not np.any(params[path][~mask]), path
+
+
+def in_single_steps(run, state, data, stop):
+    """One call of the runner for each step: every stretch is one program."""
+    return train.fit(run, state, data, stop, BATCH, every=1) if stop else state
+
+
+@pytest.mark.parametrize(("kind", "at"), FAULTS)
+def test_a_fault_stops_the_run_with_the_state_before_it(run, data, kind, at):
+    saved = []
+    with pytest.raises(FloatingPointError, match=rf"update of step {at} is not"):
+        train.fit(
+            run,
+            begin(data, kind, at),
+            data,
+            STEPS,
+            BATCH,
+            every=4,
+            save=lambda state, logs: saved.append((copy(state), logs)),
+        )
+    (halted, logs), expected = saved[-1], begin(data, kind, at)
+    assert len(saved) == 1
+    assert train.has_failed(halted)
+    stop = 4 * (at // 4 + 1)
+    assert int(halted.step) == stop
+    assert halted.faults._asdict() == {"total": 1, "first": at, "skip": False}
+    expected = in_single_steps(run, expected, data, at)
+    assert_same_bits(train.last_good(halted), expected)
+    assert_same_bits(halted[1:5], expected[1:5])
+    assert_pruned(halted.params, get_masks(halted.opt_state))
+    skipped = [0.0] * (at % 4) + [1.0] * (4 - at % 4)
+    assert [float(value) for value in logs["skipped"]] == skipped
+
+
+@pytest.mark.parametrize(("kind", "at"), FAULTS)
+def test_a_skipped_fault_leaves_out_one_update(run, data, kind, at):
+    reports = []
+    skipping = train.fit(
+        run,
+        begin(data, kind, at, skip=True),
+        data,
+        STEPS,
+        BATCH,
+        every=4,
+        report=lambda step, state, means: reports.append(means),
+    )
+    assert skipping.faults._asdict() == {"total": 1, "first": at, "skip": True}
+    expected, losses = begin(data, kind, at, skip=True), []
+    for step in range(STEPS):
+        if step == at:
+            expected = expected._replace(step=jnp.int32(at + 1), faults=skipping.faults)
+            losses.append(np.nan)
+            continue
+        row = train.step_indices(expected, data, 1, BATCH)
+        expected, logs = run(copy(expected), data, row)
+        losses.append(np.asarray(logs["loss"])[0])
+    assert_same_bits(skipping, expected)
+    assert_pruned(skipping.params, get_masks(skipping.opt_state))
+    # The mean is over the steps whose update was taken.
+    means = np.nanmean(np.reshape(losses, (2, 4)), axis=1)
+    np.testing.assert_allclose([r["loss"] for r in reports], means, rtol=1e-6)
+    counts = [r.get("skipped") for r in reports]
+    assert counts == ([1, 1] if at < 4 else [None, 1])
+
+
+def test_a_run_may_go_on_from_the_last_good_state(run, data):
+    saved = []
+    with pytest.raises(FloatingPointError):
+        train.fit(
+            run,
+            begin(data, "gradient", 2),
+            data,
+            STEPS,
+            BATCH,
+            save=lambda state, logs: saved.append(copy(train.last_good(state))),
+        )
+    healed = saved[0]._replace(settings=begin(data).settings)
+    end = train.fit(run, healed, data, STEPS, BATCH, every=1)
+    assert_same_bits(end, train.fit(run, begin(data), data, STEPS, BATCH, every=1))
+
+
+def test_what_has_not_failed_is_its_own_last_good_state(data):
+    state = begin(data, skip=True)
+    state = state._replace(
+        faults=train.Faults(jnp.int32(2), jnp.int32(1), jnp.array(True))
+    )
+    assert not train.has_failed(state)
+    assert train.last_good(state) is state
+
+
+def test_a_guard_changes_no_bit_of_a_finite_run(data):
+    bare, guarded = begin(data), begin(data)
+    plain, step = jax.jit(faulty), jax.jit(train.guard(faulty))
+    for row in train.step_indices(bare, data, STEPS, BATCH):
+        bare, bare_logs = plain(bare, data, row)
+        guarded, logs = step(guarded, data, row)
+        assert logs.pop("skipped") == 0
+        assert_same_bits(logs, bare_logs)
+    assert_same_bits(guarded, bare)
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1, 0.9), optax.adam(0.01)])
+def test_a_guarded_state_is_donated_like_any_other(data, optimizer):
+    model = lenet_300_100()
+    tx = sparsify(optimizer, rigl(0.9), every(100))
+    state = train.init_state(model, tx, data, jax.random.key(0))
+    step = train.make_train_step(train.make_loss(model), tx)
+    row = train.step_indices(state, data, 1, BATCH)[0]
+    plain, guarded = (
+        jax.jit(f, donate_argnums=0).lower(state, data, row).compile().memory_analysis()
+        for f in (step, train.guard(step))
+    )
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    # All of the state but a few scalars goes where it came from.
+    assert guarded.alias_size_in_bytes >= plain.alias_size_in_bytes
+    assert guarded.alias_size_in_bytes > 2 * parameters
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_pair_is_guarded_as_a_whole(data, skip):
+    models = Dual(MODEL, MODEL)
+    tx = Dual(*(sparsify(optax.sgd(0.1), rigl(0.5), every(3), n) for n in (0, 1)))
+    coupling, at = Coupling(), 4
+
+    def step(state, data, indices):
+        def augment(key, x):
+            return x + poison(state.step == state.settings["at"], jnp.nan)
+
+        pair = dual.make_dual_step(models, tx, coupling, augment, growth_samples=16)
+        return pair(state, data, indices)
+
+    def start(at):
+        key, settings = jax.random.key(0), {"at": at}
+        return dual.init_pair(
+            models, tx, data, key, coupling, settings=settings, skip_faults=skip
+        )
+
+    run, saved = train.make_runner(step), []
+    expected = train.fit(run, start(at), data, at, BATCH)
+    kept = copy(expected)
+    if skip:
+        end = train.fit(run, start(at), data, STEPS, BATCH)
+        faults = end.faults
+        assert faults._asdict() == {"total": 1, "first": at, "skip": True}
+        expected = expected._replace(step=jnp.int32(at + 1), faults=copy(faults))
+        assert_same_bits(end, train.fit(run, expected, data, STEPS, BATCH))
+        masks = dual.get_pair_masks(end)
+        assert_pruned(end.params, masks)
+        return
+    with pytest.raises(FloatingPointError, match=f"update of step {at} "):
+        train.fit(
+            run,
+            start(at),
+            data,
+            STEPS,
+            BATCH,
+            save=lambda state, logs: saved.append(copy(state)),
+        )
+    assert_same_bits(train.last_good(saved[0]), kept)
