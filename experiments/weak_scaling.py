@@ -4,7 +4,8 @@ One run per device, or one batch of a fixed size per device; the efficiency is t
 of one device over that of several. Fake devices share the cores of one machine: there
 the best that can be had is the number of cores over the number of devices.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m experiments.weak_scaling
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+      python -m experiments.weak_scaling
 """
 
 import dataclasses

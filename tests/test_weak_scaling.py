@@ -1,4 +1,4 @@
-"""The weak-scaling table: every number of devices, once for runs and once for batches."""
+"""The weak-scaling table: all numbers of devices, for runs and for batches."""
 
 import pytest
 

@@ -12,6 +12,7 @@ from d2sparse.data.augment import (
 )
 from d2sparse.data.batches import batch_indices, steps_per_epoch
 from d2sparse.data.budgets import budget, holdout
+from d2sparse.data.noise import noisy_labels
 from d2sparse.data.sources import Source, Split, load
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "holdout",
     "load",
     "make_augment",
+    "noisy_labels",
     "shift",
     "standardize",
     "steps_per_epoch",
