@@ -36,9 +36,7 @@ def noisy_labels(
             f"expected a fraction of wrong labels in [0, 1], got {fraction}"
         )
     if fraction and num_classes < 2:
-        raise ValueError(
-            f"expected at least 2 classes to confuse, got {num_classes}; give fraction=0"
-        )
+        raise ValueError(f"expected at least 2 classes to confuse, got {num_classes}")
     words = np.random.PCG64((seed, _NOISE)).random_raw(2 * len(labels))
     order, shifts = np.split(words, 2)
     wrong = np.argsort(order, kind="stable")[: round(fraction * len(labels))]
