@@ -145,6 +145,7 @@ def make_network(task: Task, recipe: Recipe) -> Network:
         rule = rule(settings["sparsity"]) if callable(rule) else rule
         return recipe.wrap(task.optimizer(rate), rule, recipe.when, key)
 
+    make_tx(own)  # Complains here, before anything is written.
     loss = train.make_loss(model, task.augment, task.smoothing)
     # A growth gradient is for those that look at it.
     growth_samples = task.growth_samples if recipe.interval else 0
