@@ -17,12 +17,13 @@ In a run of several processes all of them make the same calls. The first one wri
 all read what it has written: the directory is on a file system that they share.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -123,7 +124,8 @@ class Run:
         if clash := fields.keys() & metrics.keys():
             raise ValueError(f"the metrics {sorted(clash)} need other names")
         values = {name: _scalar(name, value) for name, value in metrics.items()}
-        with (self.workdir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.workdir / "metrics.jsonl"
+        with _named(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_to_json({**fields, **values})) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -463,10 +465,23 @@ def _write(path: Path, text: str) -> None:
 
 def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Writes beside the file and renames, so that a crash leaves the old or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of the operating system inside name the file, and what can be done."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"expected to write {path}, got {error.strerror or error}; what has "
+            "finished is kept: make room and run the same command again"
+        ) from error
