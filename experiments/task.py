@@ -52,6 +52,10 @@ class TaskConfig:
     dataset: str = "digits"  # "digits", or any TFDS image classification set
     data_dir: str | None = None  # directory of prepared TFDS sets
     samples_per_class: int = 10  # training labels of every class; 0 for all
+    # Long tail: how many times more labels the largest class has, which has those of
+    # --samples_per_class, than the smallest; 1: all have as many.
+    imbalance: float = 1.0
+    label_noise: float = 0.0  # part of the training labels that are wrong
     # Part of the labels to validate on. Above 0 the table shows validation accuracy
     # and the test set is not read: choose settings this way.
     validation_fraction: float = 0.0
@@ -163,9 +167,17 @@ class Splits:
 
 
 def draw_splits(config: TaskConfig, source: data.Source, seed: int) -> Splits:
-    """The budget of a seed, which does not depend on the method."""
+    """The budget of a seed, which does not depend on the method.
+
+    Labels are made wrong in training alone: what is judged keeps its own.
+    """
     labels = source.train.labels
-    chosen = data.budget(labels, config.samples_per_class, seed)
+    check_least(config, {"imbalance": 1})
+    size = config.samples_per_class
+    if config.imbalance > 1:
+        chosen = data.long_tailed(labels, size, config.imbalance, seed)
+    else:
+        chosen = data.budget(labels, size, seed)
     rest = np.setdiff1d(np.arange(len(labels)), chosen)
     rest = np.random.default_rng(seed).permutation(rest)[:MONITOR_SIZE]
 
@@ -182,7 +194,11 @@ def draw_splits(config: TaskConfig, source: data.Source, seed: int) -> Splits:
     else:
         training = pick(chosen)
         judge = train.to_device(source.test, training)
-    return Splits(training, judge, pick(rest, training) if len(rest) else None)
+    monitor = pick(rest, training) if len(rest) else None
+    noisy = data.noisy_labels(
+        labels[chosen], config.label_noise, source.num_classes, seed
+    )
+    return Splits(training._replace(labels=jnp.asarray(noisy)), judge, monitor)
 
 
 def make_task(
