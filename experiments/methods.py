@@ -124,6 +124,7 @@ def pair(
     models, own = Dual(task.model, task.model), {"learning_rate": task.learning_rate}
     if coupling.fast and coupling.fast == coupling.slow:
         own["coupling"] = coupling.fast
+    tx(own, jax.random.key(0))  # Complains now, not when the step is traced.
     step = dual.make_dual_step(
         models,
         lambda settings: tx(settings, jax.random.key(0)),

@@ -224,6 +224,13 @@ def make_task(
             f"expected label_smoothing in [0, 1], got {config.label_smoothing}"
         )
     check_sparsity(sparsity)
+
+    def optimizer(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+        return train.make_optimizer(
+            config.optimizer, rate, config.weight_decay, config.momentum
+        )
+
+    optimizer(config.learning_rate)  # Methods make theirs when they are traced.
     size, stop = len(labelled.labels), refresh_stop(config.steps)
     interval = refresh_interval(size, config.batch_size, stop)
     model = models.make_model(config.model, num_classes, config.width)
@@ -238,9 +245,7 @@ def make_task(
             cutout=config.cutout,
             jitter=config.jitter,
         ),
-        optimizer=lambda rate: train.make_optimizer(
-            config.optimizer, rate, config.weight_decay, config.momentum
-        ),
+        optimizer=optimizer,
         learning_rate=config.learning_rate,
         smoothing=config.label_smoothing,
         sparsity=sparsity,
