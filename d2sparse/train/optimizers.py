@@ -12,7 +12,7 @@ from d2sparse.tree import PyTree
 def make_optimizer(
     name: str,
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: float = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     momentum: float = 0.9,
     sharpness: float = 0.0,
 ) -> optax.GradientTransformation:
@@ -28,7 +28,7 @@ def make_optimizer(
     Args:
       name: one of the above.
       learning_rate: of the updates, or a schedule.
-      weight_decay: on kernels.
+      weight_decay: on kernels; may be traced.
       momentum: decay of the first moment.
       sharpness: above 0, the gradient is taken where the loss is larger, at
         `params + sharpness g / |g|` with g the gradient at the parameters, of live
