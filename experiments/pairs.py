@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from d2sparse import data, dual, rules, train, tree
-from d2sparse.dual import Consolidation, Coupling, Dual
+from d2sparse.dual import Coupling, Dual
 from d2sparse.schedules import at
 from d2sparse.train import Data, TrainState
 from d2sparse.transforms import sparsify
@@ -125,9 +125,10 @@ def pair(
     def costs(state: TrainState, data: Data) -> dict[str, Any]:
         return _costs(task, intervals, state, len(data.labels))
 
-    run = train.make_runner(
-        with_cost(step, lambda *a: costs(*a)["training"]), task.mesh
-    )
+    def spent(state: TrainState, data: Data) -> Any:
+        return costs(state, data)["training"]
+
+    run = train.make_runner(with_cost(step, spent), task.mesh)
     forward = train.make_predict(task.model)
 
     def init(key: jax.Array, data: Data, settings: Settings = NO_SETTINGS) -> Any:
@@ -156,7 +157,16 @@ def pair(
 
 
 def sparse_pair(task: Task, choices: Choices) -> Method:
-    """Two sparse networks with the budget of one between them."""
+    """Two sparse networks with the budget of one between them.
+
+    Raises:
+      ValueError: an average is asked for of learners that average already.
+    """
+    if task.average_from is not None and choices.mode == "consolidated":
+        raise ValueError(
+            "expected no averaging of a pair that consolidates, which is an average "
+            "already, got --averaging; choose --mode=trained"
+        )
     halves = split_budget(task)
     plans = make_plans(task, choices.preset)
 
@@ -170,7 +180,9 @@ def sparse_pair(task: Task, choices: Choices) -> Method:
             choices.horizon,
             key,
         )
-        return Dual(*(_averaged(task, own) for own in transforms))
+        if choices.mode == "consolidated":
+            return transforms
+        return Dual(*(task.averaged(own) for own in transforms))
 
     intervals = Dual(*(task.mean_interval(plan.interval) for plan in plans))
     return pair(
@@ -232,11 +244,6 @@ def _costs(task: Task, intervals: Dual, state: TrainState, size: int) -> dict[st
     return spent
 
 
-def _averaged(task: Task, tx: Any) -> Any:
-    """A consolidating learner is an average already."""
-    return tx if isinstance(tx, Consolidation) else task.averaged(tx)
-
-
 def _settle(task: Task) -> Callable[[TrainState, Data], TrainState]:
     """Both learners with the averages of their weights, where these are asked for."""
     alone = make_settle(task, task.model)
@@ -244,11 +251,6 @@ def _settle(task: Task) -> Callable[[TrainState, Data], TrainState]:
     def settle(state: TrainState, data: Data) -> TrainState:
         if task.average_from is None:
             return state
-        if dual.headline(state) == "slow":
-            raise ValueError(
-                "expected no --averaging of a learner that consolidates, which is an "
-                "average already; choose --mode=trained"
-            )
         both = [
             alone(state._replace(params=p, model_state=s, opt_state=o), data)
             for p, s, o in zip(
