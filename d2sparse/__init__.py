@@ -40,10 +40,13 @@ from d2sparse.schedules import (
     linear,
 )
 from d2sparse.transforms import (
+    AverageState,
     FreezeState,
     SparsifyState,
+    average_weights,
     check_refreshes,
     freeze,
+    get_average,
     get_masks,
     set_masks,
     sparsify,
@@ -52,6 +55,7 @@ from d2sparse.transforms import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AverageState",
     "FreezeState",
     "MaskRule",
     "SparsifyState",
@@ -59,6 +63,7 @@ __all__ = [
     "alternating",
     "apply_masks",
     "at",
+    "average_weights",
     "check_refreshes",
     "constant",
     "cosine",
@@ -70,6 +75,7 @@ __all__ = [
     "explicit",
     "fixed",
     "freeze",
+    "get_average",
     "get_masks",
     "global_",
     "gradual",

@@ -90,6 +90,25 @@ def distillation(
     return temperature**2 * divergence
 
 
+def confidence(logits: jax.Array) -> jax.Array:
+    """Largest probability, detached: how sure a network is, in [1 / classes, 1].
+
+    A weight for the teaching of a peer: where labels are wrong, an example of which the
+    peer is not sure teaches little.
+
+    Args:
+      logits: `float[..., classes]`.
+
+    Returns:
+      `float[...]`; the gradient with respect to the logits is zero.
+
+    >>> confidence(jnp.zeros((1, 4)))
+    Array([0.25], dtype=float32)
+    """
+    probabilities = jax.nn.softmax(jax.lax.stop_gradient(logits))
+    return jnp.max(probabilities, axis=-1)
+
+
 def logit_agreement(logits: jax.Array, peer_logits: jax.Array) -> jax.Array:
     """Mean squared difference to the logits of a detached peer.
 

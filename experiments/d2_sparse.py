@@ -13,7 +13,7 @@ to RigL is paired, since all methods of a seed see the same labels.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,12 +21,12 @@ import numpy as np
 from d2sparse import data, dual, metrics, plots, records, tree
 from d2sparse.train import TrainState
 from experiments import cli, results, units
-from experiments.methods import METHODS, SINGLES, Choices, MethodName, make_method
+from experiments.methods import METHODS, SINGLES, MethodName, make_method
+from experiments.pairs import PairOptions, make_choices
 from experiments.singles import Method
 from experiments.task import (
     Task,
     TaskConfig,
-    check_least,
     draw_splits,
     make_task,
 )
@@ -45,26 +45,15 @@ _COLUMNS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TaskConfig):
+class Config(PairOptions, TaskConfig):
     """Flags of the experiment."""
 
     methods: tuple[MethodName, ...] = METHODS  # what to compare
     sparsity: float = 0.8  # zeros among the prunable weights; a pair shares the rest
 
-    # How D2-Sparse's slow learner learns: by gradient, or as the fast one's average.
-    mode: Literal["trained", "consolidated"] = "trained"
-    # Pace of the two learners; auto is fast_slow where the slow one consolidates, since
-    # a fast learner that anneals leaves nothing to average, and symmetric elsewhere.
-    preset: Literal["auto", "symmetric", "fast_slow"] = "auto"
-    coupling: float = 1.0  # weight of the peer's teaching, in both learners
     couplings: tuple[float, ...] = ()  # weights to compare; none: that of --coupling
     # Learning rates to run everything with; none: the one of --learning_rate.
     learning_rates: tuple[float, ...] = ()
-    temperature: float = 1.0  # of the softened outputs that are taught
-    coupling_ramp: int = 0  # steps over which the teaching grows to its weight
-    mask_coupling: float = 1.0  # 1: masks avoid each other, 0: independent, -1: attract
-    independent_views: bool = False  # augment the batch for each learner anew
-    horizon: int = 0  # steps the slow average reaches back; 0: a sixth of the run
 
     imp_rounds: int = 5  # prunings of iterative magnitude pruning
     rewind_fraction: float = 0.1  # part of a round whose weights it rewinds to
@@ -81,7 +70,6 @@ def run(config: Config) -> dict[str, Any]:
     """
     if not config.methods:
         raise ValueError(f"expected methods of {', '.join(METHODS)}, got none")
-    check_least(config, {"horizon": 0})
     if config.ticket and (pairs := set(config.methods) - set(SINGLES)):
         raise ValueError(
             "expected methods of one network to start from a ticket, got "
@@ -90,15 +78,19 @@ def run(config: Config) -> dict[str, Any]:
     source = data.load(config.dataset, config.data_dir)
     first = draw_splits(config, source, seed=0)
     task = make_task(config, first.train, source.num_classes, config.sparsity)
-    choices = _choices(config, len(first.train.labels))
+    choices = make_choices(config, config, len(first.train.labels))
     methods: dict[str, Method] = {
-        name: make_method(name, task, choices) for name in config.methods
+        name: make_method(
+            name, task, choices, config.imp_rounds, config.rewind_fraction
+        )
+        for name in config.methods
     }
     lists = {"coupling": config.couplings, "learning_rate": config.learning_rates}
     plans = variants(methods, lists)
     out = records.open_run(config.workdir or _default_workdir(config), config)
 
-    def conclude(unit: records.Unit, state: TrainState) -> dict[str, Any]:
+    def conclude(job: units.Job, state: TrainState) -> dict[str, Any]:
+        unit = job.unit
         if unit.seed == 0 and plans[unit.method].base == "d2_sparse":
             lines = records.read_metrics(out.workdir)
             own = [line for line in lines if line["unit"] == unit.name]
@@ -145,26 +137,6 @@ def _rigl_beside(own: Variant, plans: Mapping[str, Variant]) -> str | None:
         if other.base == "rigl" and same and own.base != "rigl":
             return other.name
     return None
-
-
-def _choices(config: Config, samples: int) -> Choices:
-    epoch = data.steps_per_epoch(samples, config.batch_size)
-    suited = "fast_slow" if config.mode == "consolidated" else "symmetric"
-    return Choices(
-        coupling=dual.Coupling(
-            fast=config.coupling,
-            slow=config.coupling,
-            temperature=config.temperature,
-            ramp=config.coupling_ramp,
-            masks=config.mask_coupling,
-            independent_views=config.independent_views,
-        ),
-        preset=suited if config.preset == "auto" else config.preset,
-        mode=config.mode,
-        horizon=config.horizon or max(config.steps / 6, epoch),
-        imp_rounds=config.imp_rounds,
-        rewind_fraction=config.rewind_fraction,
-    )
 
 
 def _default_workdir(config: Config) -> str:

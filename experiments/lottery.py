@@ -162,7 +162,7 @@ def run_unit(
             shutil.rmtree(ticket)  # Of an interrupted attempt.
 
     def on_round(number: int, state: TrainState, ticket: Ticket) -> None:
-        found = units.judge(network, state, splits) | {
+        found = units.judge(network, network.settle(state, splits.train), splits) | {
             "sparsity": results.sparsity(get_masks(state.opt_state), task),
             "training_macs": session.ledger.spent,
             "seconds": session.seconds,

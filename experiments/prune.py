@@ -110,8 +110,8 @@ def run(config: Config) -> dict[str, Any]:
     plans = make_plans(points, task, config)
     out = records.open_run(config.workdir or default_workdir("prune", config), config)
 
-    def conclude(unit: records.Unit, state: TrainState) -> dict[str, float]:
-        live = plans[unit.method].method.live(state)
+    def conclude(job: units.Job, state: TrainState) -> dict[str, float]:
+        live = plans[job.unit.method].method.live(state)
         return {"sparsity": results.sparsity(live, task)}
 
     def learn(jobs: Sequence[units.Job]) -> None:

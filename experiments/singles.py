@@ -15,8 +15,8 @@ from d2sparse.models import Model
 from d2sparse.reparam import nonzero_masks
 from d2sparse.rules import MaskRule
 from d2sparse.schedules import When, at
-from d2sparse.train import Data, Runner, Step, TrainState
-from d2sparse.transforms import get_masks, sparsify
+from d2sparse.train import Data, Loss, Runner, Step, TrainState
+from d2sparse.transforms import get_average, get_masks, sparse_states, sparsify
 from d2sparse.tree import PyTree
 from experiments.session import Session, train_together
 from experiments.task import Task
@@ -41,9 +41,8 @@ class Method(NamedTuple):
       state: `begun -> state`, what is being trained.
       free: names of the settings that a unit may have of its own.
       run: runner of its steps, where all of them are those of one program and several
-        units can be trained at once.
-      training_macs: `(state, data) -> MACs` of the whole training, per example of a
-        batch and summed over steps; None where its steps count them.
+        units can be trained at once. The metrics of every step hold what it costs:
+        "macs", per example.
     """
 
     init: Callable[[jax.Array, Data, Settings], Any]
@@ -54,8 +53,7 @@ class Method(NamedTuple):
     costs: Callable[[TrainState, Data], tuple[int, float]]
     live: Callable[[TrainState], PyTree] | None = None
     state: Callable[[Any], TrainState] = lambda begun: begun
-    training_macs: Callable[[TrainState, Data], float] | None = None
-    free: frozenset[str] = frozenset({"learning_rate"})
+    free: frozenset[str] = frozenset({"learning_rate", "weight_decay"})
     run: Runner | None = None
 
 
@@ -73,6 +71,9 @@ class Recipe(NamedTuple):
         to the rule.
       trained: `state -> masks` of the weights whose gradient every step needs; None
         where they are those that the forward pass sees.
+      schedule: learning rate -> what becomes of it; None for that of the task.
+      loss: of a batch; None for the cross-entropy of its labels.
+      beside: MACs per example of a step of other networks, such as teachers.
     """
 
     rule: MaskRule | Callable[[Sparsity], MaskRule]
@@ -82,6 +83,9 @@ class Recipe(NamedTuple):
     effective: Callable[[PyTree], PyTree] | None = None
     choose: Callable[[TrainState, Data], PyTree] | None = None
     trained: Callable[[TrainState], PyTree] | None = None
+    schedule: Callable[[Any], optax.Schedule] | None = None
+    loss: Loss | None = None
+    beside: float = 0.0
 
 
 class Network(NamedTuple):
@@ -94,6 +98,8 @@ class Network(NamedTuple):
       predict: `(state, data) -> probabilities by output`.
       costs: `(state, data) -> (numbers stored, MACs at inference)`.
       live: `state -> masks` of the weights that the forward pass sees.
+      settle: `(state, data) -> state`, what counts of a state at the end of training:
+        that with the average of the weights, where the task asks for one.
     """
 
     init: Callable[[jax.Array, Data, Settings], TrainState]
@@ -101,6 +107,7 @@ class Network(NamedTuple):
     predict: Callable[[TrainState, Data], dict[str, np.ndarray]]
     costs: Callable[[TrainState, Data], tuple[int, float]]
     live: Callable[[TrainState], PyTree]
+    settle: Callable[[TrainState, Data], TrainState]
 
 
 def single(task: Task, recipe: Recipe) -> Method:
@@ -108,7 +115,7 @@ def single(task: Task, recipe: Recipe) -> Method:
     network = make_network(task, recipe)
     return Method(
         network.init,
-        train_through(network.run, task.steps),
+        train_through(network.run, task.steps, network.settle),
         network.predict,
         network.costs,
         network.live,
@@ -117,14 +124,19 @@ def single(task: Task, recipe: Recipe) -> Method:
     )
 
 
-def train_through(run: Runner, steps: int) -> Callable[..., Sequence[TrainState]]:
+def train_through(
+    run: Runner,
+    steps: int,
+    settle: Callable[[TrainState, Data], TrainState] = lambda state, data: state,
+) -> Callable[..., Sequence[TrainState]]:
     """`Method.fit` of a single training to its last step."""
 
     def fit(
         sessions: Sequence[Session], states: Sequence[TrainState], data: Sequence[Data]
     ) -> Sequence[TrainState]:
         arounds = [_itself] * len(states)
-        return train_together(sessions, run, states, data, steps, arounds)
+        ends = train_together(sessions, run, states, data, steps, arounds)
+        return [settle(end, own) for end, own in zip(ends, data, strict=True)]
 
     return fit
 
@@ -140,13 +152,13 @@ def make_network(task: Task, recipe: Recipe) -> Network:
     def make_tx(
         settings: Mapping[str, Any], key: jax.Array | int = 0
     ) -> optax.GradientTransformationExtraArgs:
-        rate = optax.cosine_decay_schedule(settings["learning_rate"], task.steps)
+        rate = (recipe.schedule or task.schedule)(settings["learning_rate"])
+        inner = task.optimizer(rate, settings["weight_decay"])
         rule = recipe.rule
         rule = rule(settings["sparsity"]) if callable(rule) else rule
-        return recipe.wrap(task.optimizer(rate), rule, recipe.when, key)
+        return task.averaged(recipe.wrap(inner, rule, recipe.when, key))
 
-    make_tx(own)  # Complains here, before anything is written.
-    loss = train.make_loss(model, task.augment, task.smoothing)
+    loss = recipe.loss or train.make_loss(model, task.augment, task.smoothing)
     # A growth gradient is for those that look at it.
     growth_samples = task.growth_samples if recipe.interval else 0
     step = train.make_train_step(loss, make_tx, growth_samples, recipe.when)
@@ -170,7 +182,8 @@ def make_network(task: Task, recipe: Recipe) -> Network:
     def live(state: TrainState) -> PyTree:
         masks = get_masks(state.opt_state)
         if recipe.effective is None:
-            return masks if recipe.wrap is sparsify else jax.tree.map(_all, masks)
+            zero = sparse_states(state.opt_state)
+            return masks if zero else jax.tree.map(_all, masks)
         return nonzero_masks(recipe.effective(state.params), task.prunable)
 
     def cost(state: TrainState, data: Data) -> Any:
@@ -185,8 +198,36 @@ def make_network(task: Task, recipe: Recipe) -> Network:
         stored = sum(int(mask.sum()) for mask in jax.tree.leaves(seen))
         return stored, float(macs.masked_macs(task.macs, seen))
 
-    run = train.make_runner(_with_cost(step, cost), task.mesh)
-    return Network(init, run, predict, costs, live)
+    run = train.make_runner(with_cost(step, cost), task.mesh)
+    settle = make_settle(task, model)
+    return Network(init, run, predict, costs, live, settle)
+
+
+def make_settle(task: Task, model: Model) -> Callable[[TrainState, Data], TrainState]:
+    """`Network.settle`; statistics of normalisations are those of the average."""
+    statistics = train.make_statistics(model, task.augment, task.batch_size)
+
+    def settle(state: TrainState, data: Data) -> TrainState:
+        if task.average_from is None:
+            return state
+        params = get_average(state.opt_state)
+        own = statistics(params, state.model_state, data, state.key)
+        return state._replace(params=params, model_state=own)
+
+    return settle
+
+
+def with_cost(step: Step, cost: Callable[[TrainState, Data], Any]) -> Step:
+    """The step with its cost among its metrics, that of the state it begins with."""
+
+    def counted(
+        state: TrainState, data: Data, indices: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        spent = cost(state, data)
+        state, logs = step(state, data, indices)
+        return state, logs | {"macs": spent}
+
+    return counted
 
 
 def rewind_step(fraction: float, steps: int) -> int:
@@ -205,7 +246,7 @@ def rewind_step(fraction: float, steps: int) -> int:
 
 def _defaults(task: Task, recipe: Recipe) -> dict[str, float]:
     """The settings of a recipe, as the task has them."""
-    own = {"learning_rate": task.learning_rate}
+    own = {"learning_rate": task.learning_rate, "weight_decay": task.weight_decay}
     return own | ({"sparsity": task.sparsity} if callable(recipe.rule) else {})
 
 
@@ -214,29 +255,19 @@ def _step_macs(
 ) -> Any:
     """What a step costs per example, on a data set of a size."""
     sparse = macs.masked_macs(task.macs, live)
-    if recipe.trained is not None:
-        return 2 * sparse + macs.masked_macs(task.macs, recipe.trained(state))
+    trained = recipe.trained and macs.masked_macs(task.macs, recipe.trained(state))
+    plain = 3 * sparse if trained is None else 2 * sparse + trained
+    more = recipe.beside + (plain if task.sharpness else 0.0)
+    if trained is not None:
+        return plain + more
     growth = recipe.interval and min(task.growth_samples, size)
-    return macs.training_macs(
+    return more + macs.training_macs(
         sparse,
         sum(task.macs.values()),
         interval=recipe.interval,
         growth_samples=growth or None,
         batch_size=min(task.batch_size, size),
     )
-
-
-def _with_cost(step: Step, cost: Callable[[TrainState, Data], Any]) -> Step:
-    """The step with its cost among its metrics, that of the state it begins with."""
-
-    def counted(
-        state: TrainState, data: Data, indices: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        spent = cost(state, data)
-        state, logs = step(state, data, indices)
-        return state, logs | {"macs": spent}
-
-    return counted
 
 
 def _with_effective(

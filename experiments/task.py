@@ -23,6 +23,7 @@ from d2sparse.lottery import Ticket
 from d2sparse.models import Model
 from d2sparse.schedules import refresh_interval, refresh_stop
 from d2sparse.train import Data
+from d2sparse.transforms import average_weights
 from d2sparse.tree import Prunable, PyTree, is_kernel
 from experiments.tickets import load_ticket
 
@@ -42,6 +43,7 @@ _LEAST = {
     "learning_rate": 0,
     "momentum": 0,
     "weight_decay": 0,
+    "sharpness": 0,
 }
 
 
@@ -52,6 +54,10 @@ class TaskConfig:
     dataset: str = "digits"  # "digits", or any TFDS image classification set
     data_dir: str | None = None  # directory of prepared TFDS sets
     samples_per_class: int = 10  # training labels of every class; 0 for all
+    # Long tail: how many times more labels the largest class has, which has those of
+    # --samples_per_class, than the smallest; 1: all have as many.
+    imbalance: float = 1.0
+    label_noise: float = 0.0  # part of the training labels that are wrong
     # Part of the labels to validate on. Above 0 the table shows validation accuracy
     # and the test set is not read: choose settings this way.
     validation_fraction: float = 0.0
@@ -67,9 +73,14 @@ class TaskConfig:
     batch_size: int = 32  # examples per step
     # sgd adds the weight decay to the gradient, sgdw and adamw to the step.
     optimizer: Literal["sgd", "sgdw", "adamw"] = "sgd"
-    learning_rate: float = 0.1  # at the first step; falls to 0 along a cosine
+    learning_rate: float = 0.1  # at the first step
+    # What becomes of the learning rate: it falls to 0 along a cosine, or stays.
+    schedule: Literal["cosine", "constant"] = "cosine"
     momentum: float = 0.9  # of sgd; the first moment's decay in adamw
     weight_decay: float = 5e-4  # on live kernels
+    sharpness: float = 0.0  # how far uphill gradients are taken (SAM); 0: not at all
+    # Last part of the run whose weights are averaged into those that count; 0: none.
+    averaging: float = 0.0
     label_smoothing: float = 0.0  # in every method's loss
     refresh_interval: int = 0  # steps between mask refreshes; 0: from data and steps
     growth_samples: int = 1024  # examples of a growth gradient; 0: those of the step
@@ -106,14 +117,18 @@ class Task(NamedTuple):
       params: shapes of its parameters.
       macs: its dense forward cost by path.
       augment: `(key, images) -> images`.
-      optimizer: learning rate -> inner optimiser.
+      optimizer: (learning rate, weight decay) -> inner optimiser.
+      schedule: learning rate -> what becomes of it, over `steps`.
       learning_rate: the largest one.
+      weight_decay: on live kernels.
       smoothing: label smoothing.
       sparsity: fraction of zeros of a single network; a pair shares its budget.
       steps: steps of one training.
       batch_size: examples per step.
       growth_samples: examples of a growth gradient.
       interval: steps between two refreshes of a mask.
+      sharpness: how far uphill gradients are taken; 0 for where the weights are.
+      average_from: the step from which weights are averaged; None for no average.
       skip_faults: whether updates that are not finite are left out.
       image_shape: of one example, the channels last.
       ticket: the weights and masks that single networks begin with; None draws them.
@@ -125,14 +140,18 @@ class Task(NamedTuple):
     params: PyTree
     macs: dict[str, int]
     augment: Augment
-    optimizer: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
+    optimizer: Callable[[optax.ScalarOrSchedule, Any], optax.GradientTransformation]
+    schedule: Callable[[Any], optax.Schedule]
     learning_rate: float
+    weight_decay: float
     smoothing: float
     sparsity: float
     steps: int
     batch_size: int
     growth_samples: int
     interval: int
+    sharpness: float
+    average_from: int | None
     skip_faults: bool
     image_shape: tuple[int, ...]
     ticket: Ticket | None
@@ -143,6 +162,14 @@ class Task(NamedTuple):
         """Steps per refresh over the whole run, None if there is no refresh."""
         refreshes = (refresh_stop(self.steps) - 1) // interval
         return self.steps / refreshes if refreshes else None
+
+    def averaged(
+        self, tx: optax.GradientTransformation
+    ) -> optax.GradientTransformation:
+        """The optimiser, with an average of the weights where there is to be one."""
+        if self.average_from is None:
+            return tx
+        return average_weights(tx, self.average_from)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +190,17 @@ class Splits:
 
 
 def draw_splits(config: TaskConfig, source: data.Source, seed: int) -> Splits:
-    """The budget of a seed, which does not depend on the method."""
+    """The budget of a seed, which does not depend on the method.
+
+    Labels are made wrong in training alone: what is judged keeps its own.
+    """
     labels = source.train.labels
-    chosen = data.budget(labels, config.samples_per_class, seed)
+    check_least(config, {"imbalance": 1})
+    size = config.samples_per_class
+    if config.imbalance > 1:
+        chosen = data.long_tailed(labels, size, config.imbalance, seed)
+    else:
+        chosen = data.budget(labels, size, seed)
     rest = np.setdiff1d(np.arange(len(labels)), chosen)
     rest = np.random.default_rng(seed).permutation(rest)[:MONITOR_SIZE]
 
@@ -182,7 +217,11 @@ def draw_splits(config: TaskConfig, source: data.Source, seed: int) -> Splits:
     else:
         training = pick(chosen)
         judge = train.to_device(source.test, training)
-    return Splits(training, judge, pick(rest, training) if len(rest) else None)
+    monitor = pick(rest, training) if len(rest) else None
+    noisy = data.noisy_labels(
+        labels[chosen], config.label_noise, source.num_classes, seed
+    )
+    return Splits(training._replace(labels=jnp.asarray(noisy)), judge, monitor)
 
 
 def make_task(
@@ -207,7 +246,25 @@ def make_task(
         raise ValueError(
             f"expected label_smoothing in [0, 1], got {config.label_smoothing}"
         )
+    if not 0 <= config.averaging <= 1:
+        raise ValueError(f"expected averaging in [0, 1], got {config.averaging}")
+    check_choice("schedule", config.schedule, ("cosine", "constant"))
     check_sparsity(sparsity)
+
+    def optimizer(
+        rate: optax.ScalarOrSchedule, decay: Any
+    ) -> optax.GradientTransformation:
+        return train.make_optimizer(
+            config.optimizer, rate, decay, config.momentum, config.sharpness
+        )
+
+    def schedule(rate: Any) -> optax.Schedule:
+        if config.schedule == "constant":
+            return optax.constant_schedule(rate)
+        return optax.cosine_decay_schedule(rate, config.steps)
+
+    # Methods make theirs when they are traced.
+    optimizer(config.learning_rate, config.weight_decay)
     size, stop = len(labelled.labels), refresh_stop(config.steps)
     interval = refresh_interval(size, config.batch_size, stop)
     model = models.make_model(config.model, num_classes, config.width)
@@ -222,16 +279,18 @@ def make_task(
             cutout=config.cutout,
             jitter=config.jitter,
         ),
-        optimizer=lambda rate: train.make_optimizer(
-            config.optimizer, rate, config.weight_decay, config.momentum
-        ),
+        optimizer=optimizer,
+        schedule=schedule,
         learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
         smoothing=config.label_smoothing,
         sparsity=sparsity,
         steps=config.steps,
         batch_size=config.batch_size,
         growth_samples=config.growth_samples,
         interval=config.refresh_interval or interval,
+        sharpness=config.sharpness,
+        average_from=_average_from(config),
         skip_faults=config.on_nonfinite == "skip",
         image_shape=tuple(labelled.images.shape[1:]),
         ticket=load_ticket(config.ticket, params, state) if config.ticket else None,
@@ -322,6 +381,11 @@ def shapes_and_macs(
     costs = macs.forward_macs(apply, variables, x)
     params, state = variables
     return params, state, {path: costs[f"0/{path}"] for path in tree.flatten(params)}
+
+
+def _average_from(config: TaskConfig) -> int | None:
+    tail = round(config.averaging * config.steps)
+    return config.steps - tail if tail else None
 
 
 def _make_mesh(config: TaskConfig, size: int) -> Mesh | None:

@@ -31,7 +31,6 @@ _MOST = 64  # Runs at once, where there is room for more.
 
 Note = Callable[[str], None]
 Statistics = Callable[[TrainState], Mapping[str, Any]]
-Conclude = Callable[[records.Unit, TrainState], Mapping[str, Any]]
 
 
 class Job(NamedTuple):
@@ -51,6 +50,7 @@ class Job(NamedTuple):
 
 
 Learn = Callable[[Sequence[Job]], None]
+Conclude = Callable[[Job, TrainState], Mapping[str, Any]]
 
 
 class Judged(Protocol):
@@ -214,12 +214,10 @@ def _train(
             continue
         state = states[number]
         found = judge(method, state, job.splits) | {
-            "training_macs": method.training_macs(state, labelled[number])
-            if method.training_macs
-            else session.ledger.spent,
+            "training_macs": session.ledger.spent,
             "seconds": session.seconds / len(jobs),
         }
-        out.finish(job.unit, found | dict(conclude(job.unit, state)))
+        out.finish(job.unit, found | dict(conclude(job, state)))
 
 
 def open_session(

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from d2sparse.data import budget, holdout, load
+from d2sparse.data import budget, holdout, load, long_tailed
 
 SEEDS = [0, 1, 7]
 # Of seed 5, from 3 classes of 100, 4 of each.
@@ -188,3 +188,58 @@ def test_budgets_of_the_digits_leave_the_test_split_alone():
     train, validation = holdout(labels, budget(labels, 10, seed=0), 0.2, seed=0)
     assert np.bincount(labels[train]).tolist() == [8] * 10
     assert np.bincount(labels[validation]).tolist() == [2] * 10
+
+
+# Long tails
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("imbalance", [1, 2.5, 10, 50])
+def test_a_long_tail_has_the_stated_sizes_in_some_order(seed, imbalance):
+    labels = np.repeat(np.arange(10), 120)
+    chosen = long_tailed(labels, 100, imbalance, seed)
+    sizes = sorted(count(labels, chosen).values(), reverse=True)
+    assert sizes == [max(1, round(100 * imbalance ** (-c / 9))) for c in range(10)]
+    assert len(set(chosen.tolist())) == len(chosen)
+
+
+def test_no_class_of_a_long_tail_is_empty():
+    labels = np.repeat(np.arange(4), 10)
+    sizes = count(labels, long_tailed(labels, 5, 1000.0, seed=0))
+    assert sorted(sizes.values()) == [1, 1, 1, 5]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_long_tails_are_parts_of_the_budget_and_of_each_other(seed):
+    labels = random_labels(seed)
+    balanced = budget(labels, 12, seed).tolist()
+    assert long_tailed(labels, 12, 1.0, seed).tolist() == balanced
+    slight = long_tailed(labels, 12, 3.0, seed).tolist()
+    assert [i for i in balanced if i in slight] == slight
+    assert set(long_tailed(labels, 12, 6.0, seed)) < set(slight)
+    assert set(long_tailed(labels, 8, 3.0, seed)) < set(slight)
+
+
+def test_the_order_of_a_tail_is_drawn_with_the_seed():
+    labels = np.repeat(np.arange(6), 40)
+    largest = [
+        count(labels, long_tailed(labels, 40, 10.0, seed)).most_common(1)[0][0]
+        for seed in range(30)
+    ]
+    assert set(largest) == set(range(6))
+
+
+def test_a_single_class_has_no_tail():
+    assert len(long_tailed(np.zeros(7, int), 5, 10.0, seed=0)) == 5
+
+
+@pytest.mark.parametrize("imbalance", [0.5, 0.0, -1.0, float("nan")])
+def test_an_imbalance_below_one_is_refused(imbalance):
+    with pytest.raises(ValueError, match="imbalance of at least 1, got"):
+        long_tailed(random_labels(0), 5, imbalance, seed=0)
+
+
+@pytest.mark.parametrize("samples", [0, -3])
+def test_a_long_tail_needs_a_number(samples):
+    with pytest.raises(ValueError, match=r"largest class, got .*a long tail needs"):
+        long_tailed(random_labels(0), samples, 10.0, seed=0)

@@ -238,6 +238,9 @@ def test_a_directory_of_another_configuration_is_refused(finished):
         ({"sparsity": 1.0}, r"sparsity in \[0, 1\).*got 1\.0"),
         ({"sparsity": -0.1}, r"sparsity in \[0, 1\).*got -0\.1"),
         ({"samples_per_class": 200}, "got 124 of class 8; lower samples_per_class"),
+        ({"imbalance": 0.5}, "expected imbalance >= 1, got 0.5"),
+        ({"imbalance": 2.0, "samples_per_class": 0}, "a long tail needs a number"),
+        ({"label_noise": 1.5}, r"fraction of wrong labels in \[0, 1\], got 1\.5"),
         ({"validation_fraction": 1.5}, "between 0 and 1, got 1.5"),
         ({"seeds": 0}, "expected seeds >= 1, got 0"),
         ({"steps": 0}, "expected steps >= 1, got 0"),
@@ -351,6 +354,34 @@ def test_budgets_are_nested_and_apart_from_the_monitor():
     np.testing.assert_array_equal(images(small.train), images(large.train)[:30])
     together = np.concatenate([images(large.train), images(large.monitor)])
     assert len(np.unique(together, axis=0)) == len(together) == 100 + 1000
+
+
+def test_wrong_labels_are_those_of_training_alone():
+    source = data.load("digits")
+    clean, noisy = (
+        d2_sparse.draw_splits(
+            dataclasses.replace(TINY, label_noise=fraction, validation_fraction=0.3),
+            source,
+            seed=0,
+        )
+        for fraction in (0.0, 0.4)
+    )
+    np.testing.assert_array_equal(noisy.train.images, clean.train.images)
+    assert (noisy.train.labels != clean.train.labels).sum() == round(0.4 * 70)
+    np.testing.assert_array_equal(noisy.judge.labels, clean.judge.labels)
+    np.testing.assert_array_equal(noisy.monitor.labels, clean.monitor.labels)
+
+
+def test_an_imbalance_gives_a_long_tail_of_the_budget():
+    source = data.load("digits")
+    config = dataclasses.replace(TINY, imbalance=5.0)
+    splits = d2_sparse.draw_splits(config, source, seed=1)
+    chosen = data.long_tailed(source.train.labels, 10, 5.0, seed=1)
+    np.testing.assert_array_equal(splits.train.images, source.train.images[chosen])
+    assert sorted(np.bincount(splits.train.labels))[::9] == [2, 10]
+    # What is measured on the way is outside of the budget still.
+    inside = {image.tobytes() for image in images(splits.train)}
+    assert not inside & {image.tobytes() for image in images(splits.monitor)}
 
 
 def test_the_whole_data_set_leaves_nothing_to_monitor():

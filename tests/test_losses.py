@@ -263,3 +263,10 @@ def test_hyperparameters_may_be_traced():
 def test_silent_broadcasting_is_refused(loss):
     with pytest.raises(ValueError, match=r"one shape.*\(6, 5\) and \(1, 5\)"):
         loss(normal(0), normal(0, (1, 5)))
+
+
+def test_confidence_is_the_largest_probability_and_teaches_nothing():
+    logits = jnp.array([[0.0, np.log(3.0)], [2.0, 2.0]], jnp.float32)
+    np.testing.assert_allclose(losses.confidence(logits), [0.75, 0.5], rtol=1e-6)
+    gradient = jax.grad(lambda z: losses.confidence(z).sum())(logits)
+    assert (np.asarray(gradient) == 0).all()

@@ -99,9 +99,9 @@ def zoo(tmp_path_factory, states):
     learn = units.learn
 
     def remembered(config, out, methods, conclude, jobs):
-        def noted(unit, state):
-            states[unit.method.split("-")[0]] = state
-            return conclude(unit, state)
+        def noted(job, state):
+            states[job.unit.method.split("-")[0]] = state
+            return conclude(job, state)
 
         learn(config, out, methods, noted, jobs)
 

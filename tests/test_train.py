@@ -515,6 +515,7 @@ def test_evaluation_is_over_the_whole_set():
     expected = {
         "accuracy": sklearn.metrics.accuracy_score(labels, predicted),
         "nll": sklearn.metrics.log_loss(labels, probabilities, labels=range(4)),
+        "brier": np.sum((probabilities - np.eye(4)[labels]) ** 2) / 101,
         "ece": gap / 101,
     }
     assert scores.keys() == expected.keys()

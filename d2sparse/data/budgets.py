@@ -7,8 +7,9 @@ examples on every machine and with every later NumPy.
 
 import numpy as np
 
-# Part of the seed of a stream, so that one seed may serve both draws independently.
-_BUDGET, _HOLDOUT = 1, 2
+# Part of the seed of a stream, so that one seed may serve all draws independently; 3 is
+# that of noisy labels.
+_BUDGET, _HOLDOUT, _TAIL = 1, 2, 4
 
 
 def budget(labels: np.ndarray, samples_per_class: int | None, seed: int) -> np.ndarray:
@@ -53,6 +54,51 @@ def budget(labels: np.ndarray, samples_per_class: int | None, seed: int) -> np.n
         for rank, label in enumerate(classes)
     ]
     return np.stack([d[:samples_per_class] for d in draws], axis=1).reshape(-1)
+
+
+def long_tailed(
+    labels: np.ndarray, samples_per_class: int, imbalance: float, seed: int
+) -> np.ndarray:
+    """A budget whose classes are of exponentially falling size.
+
+    Of the examples that it has in the `budget` of `samples_per_class = n_max`, the
+    class at place c of C, in an order drawn with the seed, keeps the first
+    `n_c = max(1, round(n_max imbalance^(-c / (C - 1))))` (the profile of Cui et al.,
+    arXiv 1901.05555): n_max in the largest class, `n_max / imbalance` in the smallest.
+    Of one seed a larger imbalance or a smaller n_max gives a part of the same examples.
+
+    Args:
+      labels: int[n] class of every example.
+      samples_per_class: examples of the largest class, at least 1.
+      imbalance: size of the largest class over that of the smallest, at least 1; at 1
+        the result is the `budget`.
+      seed: seed of the draw, at least 0.
+
+    Returns:
+      int64[m] distinct indices into `labels`, in the order of the budget.
+
+    Raises:
+      ValueError: the imbalance or the number is out of range, or a class has fewer than
+        `samples_per_class` examples.
+
+    >>> labels = np.repeat([0, 1, 2], 100)
+    >>> chosen = long_tailed(labels, samples_per_class=100, imbalance=100, seed=0)
+    >>> np.sort(np.bincount(labels[chosen]))
+    array([  1,  10, 100])
+    """
+    if not imbalance >= 1:
+        raise ValueError(f"expected an imbalance of at least 1, got {imbalance}")
+    if samples_per_class < 1:
+        raise ValueError(
+            "expected samples_per_class of at least 1 in the largest class, got "
+            f"{samples_per_class}; a long tail needs a number"
+        )
+    chosen = budget(labels, samples_per_class, seed).reshape(samples_per_class, -1)
+    classes = chosen.shape[1]
+    place = _shuffled(np.arange(classes), (seed, _TAIL, 0))
+    sizes = samples_per_class * imbalance ** (-place / max(classes - 1, 1))
+    kept = np.maximum(np.rint(sizes), 1)
+    return chosen[np.arange(samples_per_class)[:, None] < kept]
 
 
 def holdout(

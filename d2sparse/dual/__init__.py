@@ -19,6 +19,7 @@ the budget of one is never spent by the other.
 """
 
 from d2sparse.dual.consolidation import consolidate
+from d2sparse.dual.merging import merge
 from d2sparse.dual.pair import (
     Consolidation,
     Coupling,
@@ -58,6 +59,7 @@ __all__ = [
     "make_dual_step",
     "make_plans",
     "make_transforms",
+    "merge",
     "pair_macs",
     "pair_predictions",
     "split_sparsity",

@@ -32,7 +32,11 @@ class Coupling:
       ramp: steps over which both weights rise from 0; 0 means at once.
       masks: kappa in [-1, 1]. Growth scores are multiplied by `1 - kappa` where the
         peer is live: 1 makes the masks complementary, -1 attracts them.
-      independent_views: whether each learner sees an augmentation of its own.
+      independent_views: whether each learner sees an augmentation of its own; the
+        teaching then asks for consistency between views as well.
+      weighted: whether the teaching on an example counts as much as the peer's
+        confidence in it, its largest probability.
+      threshold: in [0, 1); what the peer is less confident of is not taught.
     """
 
     fast: float = 1.0
@@ -41,6 +45,8 @@ class Coupling:
     ramp: int = 0
     masks: float = 1.0
     independent_views: bool = False
+    weighted: bool = False
+    threshold: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuses values outside of their ranges."""
@@ -55,6 +61,11 @@ class Coupling:
             raise ValueError(
                 f"expected a mask coupling in [-1, 1], got {self.masks}; 1 makes the "
                 "masks complementary, 0 leaves them independent"
+            )
+        if not 0 <= self.threshold < 1:
+            raise ValueError(
+                "expected a threshold of confidence in [0, 1), got "
+                f"{self.threshold}; 0 teaches on every example"
             )
 
 
@@ -179,7 +190,7 @@ def pair_macs(
     interval: Dual,
     growth_samples: int,
     batch_size: int,
-) -> dict[str, float]:
+) -> dict[str, float | jax.Array]:
     """Theoretical multiply-accumulates of a pair: in training and at inference.
 
     A trained pair costs the sum of both networks' rows of `macs.training_macs`; a
@@ -195,23 +206,22 @@ def pair_macs(
       batch_size: examples of a training step.
 
     Returns:
-      MACs per example: "training" (of one step), "fast", "slow" and "ensemble".
+      MACs per example: "training" (of one step), "fast", "slow" and "ensemble"; arrays,
+      which may be traced.
     """
     sparse = [
-        float(costs.masked_macs(c, m))
+        costs.masked_macs(c, m)
         for c, m in zip(macs, get_pair_masks(state), strict=True)
     ]
     followed = isinstance(state.opt_state.slow, Trace)
-    training = sparse[1] if followed else 0.0
+    training: float | jax.Array = sparse[1] if followed else 0.0
     for learner in (0,) if followed else (0, 1):
-        training += float(
-            costs.training_macs(
-                sparse[learner],
-                sum(macs[learner].values()),
-                interval=interval[learner],
-                growth_samples=(interval[learner] and growth_samples) or None,
-                batch_size=batch_size,
-            )
+        training += costs.training_macs(
+            sparse[learner],
+            sum(macs[learner].values()),
+            interval=interval[learner],
+            growth_samples=(interval[learner] and growth_samples) or None,
+            batch_size=batch_size,
         )
         if interval[learner] and growth_samples:
             peer = sparse[1 - learner]

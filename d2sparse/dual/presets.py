@@ -11,7 +11,7 @@ from d2sparse.rules import rigl
 from d2sparse.schedules import Schedule, When, cosine, every, refresh_stop
 from d2sparse.transforms import sparsify
 
-PRESETS = ("symmetric", "fast_slow")
+PRESETS = ("symmetric", "fast_slow", "constant")
 MODES = ("trained", "consolidated")
 
 MakeOptimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
@@ -41,12 +41,14 @@ def make_plans(preset: str, learning_rate: float, steps: int, interval: int) -> 
     * `"fast_slow"`: the fast learner keeps a constant half of the learning rate and
       moves 0.5 of its mask; the slow one anneals and moves 0.1 at every fourth
       interval. The asymmetry lies in the masks and schedules, not in a smaller step.
+    * `"constant"`: as symmetric, at the learning rate throughout; for averages of the
+      weights, see `average_weights`.
 
     Masks move in the first three quarters of the run; drop fractions fall along a
     cosine.
 
     Args:
-      preset: "symmetric" or "fast_slow".
+      preset: "symmetric", "fast_slow" or "constant".
       learning_rate: the largest learning rate.
       steps: steps of the run.
       interval: steps between two refreshes of the fast learner's mask.
@@ -66,10 +68,12 @@ def make_plans(preset: str, learning_rate: float, steps: int, interval: int) -> 
     def plan(rate: optax.Schedule, fraction: float, interval: int) -> Plan:
         return Plan(rate, cosine(fraction, stop), every(interval, stop), interval)
 
-    if preset == "symmetric":
-        return Dual(*[plan(annealed, 0.3, interval)] * 2)
-    constant = optax.constant_schedule(learning_rate / 2)
-    return Dual(plan(constant, 0.5, interval), plan(annealed, 0.1, 4 * interval))
+    if preset == "fast_slow":
+        half = optax.constant_schedule(learning_rate / 2)
+        return Dual(plan(half, 0.5, interval), plan(annealed, 0.1, 4 * interval))
+    constant = optax.constant_schedule(learning_rate)
+    rate = constant if preset == "constant" else annealed
+    return Dual(*[plan(rate, 0.3, interval)] * 2)
 
 
 def make_transforms(

@@ -126,13 +126,17 @@ def make_dual_step(
         def gradient(batch: Data, key: jax.Array) -> tuple[Dual, Any]:
             return jax.grad(objective, has_aux=True)(params, state, batch, key)
 
-        grads, (model_state, logs) = gradient(take(data, indices), loss_key)
+        batch = take(data, indices)
+        grads, (model_state, logs) = gradient(batch, loss_key)
+
+        def elsewhere(own: Dual) -> Dual:
+            return jax.grad(objective, has_aux=True)(own, state, batch, loss_key)[0]
 
         def dense_grads() -> Dual:
             if not growth_samples:
                 return grads
-            batch = growth_batch(data, growth_samples, order_key)
-            return gradient(batch, growth_key)[0]
+            examples = growth_batch(data, growth_samples, order_key)
+            return gradient(examples, growth_key)[0]
 
         kappa, masks = coupling.masks, get_pair_masks(state)
         fast, fast_state = _descend(
@@ -141,6 +145,7 @@ def make_dual_step(
             opt_state.fast,
             grads.fast,
             lambda: discourage(dense_grads().fast, masks.slow, kappa),
+            lambda own, _: elsewhere(params._replace(fast=own)).fast,
             **due.fast,
         )
         fast_masks = get_masks(fast_state)
@@ -155,6 +160,7 @@ def make_dual_step(
                 opt_state.slow,
                 grads.slow,
                 lambda: discourage(dense_grads().slow, fast_masks, kappa),
+                lambda own, _: elsewhere(params._replace(slow=own)).slow,
                 **due.slow,
             )
         after = state._replace(
@@ -214,6 +220,8 @@ def _make_objective(
             weight = state.settings.get("coupling", given)
             own = losses.cross_entropy(logits, batch.labels, smoothing)
             taught = losses.distillation(logits, peer, coupling.temperature)
+            if coupling.weighted or coupling.threshold:
+                taught *= _trust(peer, coupling)
             return jnp.mean(own + ramp * weight * taught)
 
         value = loss(fast, slow, coupling.fast)
@@ -223,6 +231,13 @@ def _make_objective(
         return value, (Dual(fast_state, slow_state), logs)
 
     return objective
+
+
+def _trust(peer: jax.Array, coupling: Coupling) -> jax.Array:
+    """How much the teaching of a peer counts on each example, float[batch]."""
+    confidence = losses.confidence(peer)
+    weight = confidence if coupling.weighted else jnp.ones_like(confidence)
+    return jnp.where(confidence >= coupling.threshold, weight, 0.0)
 
 
 def _views(
@@ -252,11 +267,12 @@ def _descend(
     opt_state: optax.OptState,
     grads: PyTree,
     growth_fn: Callable[[], PyTree],
+    grad_fn: Callable[[PyTree, int], PyTree],
     **extra: Any,
 ) -> tuple[PyTree, optax.OptState]:
     tx = optax.with_extra_args_support(tx)
     updates, opt_state = tx.update(
-        grads, opt_state, params, growth_fn=growth_fn, **extra
+        grads, opt_state, params, growth_fn=growth_fn, grad_fn=grad_fn, **extra
     )
     return optax.apply_updates(params, updates), opt_state
 

@@ -13,7 +13,7 @@ from d2sparse.train.devices import (
     make_mesh,
     place,
 )
-from d2sparse.train.evaluation import evaluate, make_predict
+from d2sparse.train.evaluation import evaluate, make_predict, make_statistics
 from d2sparse.train.faults import failure, guard, has_failed, last_good
 from d2sparse.train.loops import Logs, Report, Runner, Save, fit, make_runner
 from d2sparse.train.memory import estimate_memory
@@ -39,6 +39,12 @@ from d2sparse.train.steps import (
     step_indices,
     step_keys,
 )
+from d2sparse.train.teaching import (
+    Taught,
+    Teacher,
+    make_taught_loss,
+    with_teachers,
+)
 
 __all__ = [
     "RUNS",
@@ -52,6 +58,8 @@ __all__ = [
     "Runner",
     "Save",
     "Step",
+    "Taught",
+    "Teacher",
     "TrainState",
     "apart",
     "bring",
@@ -74,6 +82,8 @@ __all__ = [
     "make_optimizer",
     "make_predict",
     "make_runner",
+    "make_statistics",
+    "make_taught_loss",
     "make_train_step",
     "place",
     "stack_runs",
@@ -82,4 +92,5 @@ __all__ = [
     "take",
     "to_device",
     "unstack_runs",
+    "with_teachers",
 ]

@@ -1,6 +1,9 @@
 """The inner optimisers of the experiments, by name."""
 
+import jax
+import jax.numpy as jnp
 import optax
+from optax.contrib import sam
 
 from d2sparse import tree
 from d2sparse.tree import PyTree
@@ -9,8 +12,9 @@ from d2sparse.tree import PyTree
 def make_optimizer(
     name: str,
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: float = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     momentum: float = 0.9,
+    sharpness: float = 0.0,
 ) -> optax.GradientTransformation:
     """An optimiser by name. Weight decay acts on kernels only.
 
@@ -20,6 +24,17 @@ def make_optimizer(
     * `"adamw"`: Adam with decoupled decay; `momentum` is its first moment's decay.
 
     Inside `sparsify` momentum and decay act on live weights alone.
+
+    Args:
+      name: one of the above.
+      learning_rate: of the updates, or a schedule.
+      weight_decay: on kernels; may be traced.
+      momentum: decay of the first moment.
+      sharpness: above 0, the gradient is taken where the loss is larger, at
+        `params + sharpness g / |g|` with g the gradient at the parameters, of live
+        weights inside `sparsify` (sharpness-aware minimisation, Foret et al.,
+        arXiv 2010.01412). `update` then needs `grad_fn(params, number) -> gradient`;
+        `make_train_step` gives it. It doubles the cost of a step.
 
     Raises:
       ValueError: unknown name.
@@ -32,6 +47,9 @@ def make_optimizer(
     >>> updates["kernel"].tolist(), updates["bias"].tolist()
     ([[-0.05000000074505806]], [-0.0])
     """
+    if sharpness:
+        plain = make_optimizer(name, learning_rate, weight_decay, momentum)
+        return sam(plain, _descent(sharpness), opaque_mode=True)
     decay = optax.add_decayed_weights(weight_decay, mask=_kernels)
     trace = optax.trace(momentum)
     rate = optax.scale_by_learning_rate(learning_rate)
@@ -42,6 +60,17 @@ def make_optimizer(
     if name == "adamw":
         return optax.chain(optax.scale_by_adam(b1=momentum), decay, rate)
     raise ValueError(f"expected optimizer 'sgd', 'sgdw' or 'adamw', got {name!r}")
+
+
+def _descent(length: float) -> optax.GradientTransformation:
+    """A step of a length against the gradient, none where there is no gradient."""
+
+    def step(updates: PyTree, params: PyTree) -> PyTree:
+        del params
+        norm = jnp.maximum(optax.tree.norm(updates), jnp.finfo(jnp.float32).tiny)
+        return jax.tree.map(lambda g: -length * (g / norm), updates)
+
+    return optax.stateless(step)
 
 
 def _kernels(params: PyTree) -> PyTree:

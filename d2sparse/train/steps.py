@@ -53,7 +53,9 @@ def make_train_step(
 ) -> Step:
     """One step of gradient descent, pure: `(state, data, indices) -> (state, metrics)`.
 
-    To the metrics of the loss it adds "finite", bool[], for `guard`.
+    To the metrics of the loss it adds "finite", bool[], for `guard`. Optimisers that
+    ask for it are given `grad_fn(params, number)`, the gradient on the step's batch at
+    other parameters, see `make_optimizer`.
 
     Args:
       loss: `(params, model_state, batch, key) -> (loss, (model_state, metrics))`.
@@ -75,12 +77,20 @@ def make_train_step(
             batch = growth_batch(data, growth_samples, order_key)
             return gradient(state.params, state.model_state, batch, growth_key)[0]
 
-        extra: dict[str, Any] = {"growth_fn": growth_fn} if growth_samples else {}
+        batch = take(data, indices)
+
+        def grad_fn(params: PyTree, number: int) -> PyTree:
+            del number
+            return gradient(params, state.model_state, batch, loss_key)[0]
+
+        extra: dict[str, Any] = {"grad_fn": grad_fn}
+        if growth_samples:
+            extra["growth_fn"] = growth_fn
         if when is not None:
             extra["refresh"] = when(state.step)
         own = tx(state.settings) if callable(tx) else tx
         grads, (model_state, logs) = gradient(
-            state.params, state.model_state, take(data, indices), loss_key
+            state.params, state.model_state, batch, loss_key
         )
         updates, opt_state = optax.with_extra_args_support(own).update(
             grads, state.opt_state, state.params, **extra

@@ -2,9 +2,15 @@
 
 `sparsify` lifts a mask rule into an `optax.GradientTransformation`, and `freeze` does
 so for weights that hold their value instead of being zero. The masks live in the
-optimiser's state; nothing else in a training loop changes.
+optimiser's state; nothing else in a training loop changes. `average_weights` keeps the
+average of the weights beside them.
 """
 
+from d2sparse.transforms.averaging import (
+    AverageState,
+    average_weights,
+    get_average,
+)
 from d2sparse.transforms.states import (
     FreezeState,
     SparsifyState,
@@ -17,10 +23,13 @@ from d2sparse.transforms.states import (
 from d2sparse.transforms.wrappers import freeze, mask_moments, sparsify
 
 __all__ = [
+    "AverageState",
     "FreezeState",
     "SparsifyState",
+    "average_weights",
     "check_refreshes",
     "freeze",
+    "get_average",
     "get_masks",
     "mask_moments",
     "refreshes_are_sound",

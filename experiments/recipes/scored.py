@@ -99,7 +99,8 @@ def after_training(task: Task, options: Options, shared: Shared) -> Makers:
             if int(states[0].step) <= prune_step:
                 trained = train_through(network.run, prune_step)(sessions, states, data)
                 states = [pruned(*own) for own in zip(trained, data, strict=True)]
-            return train_through(network.run, task.steps)(sessions, states, data)
+            rest = train_through(network.run, task.steps, network.settle)
+            return rest(sessions, states, data)
 
         return Method(network.init, fit, network.predict, network.costs, network.live)
 

@@ -1,0 +1,265 @@
+"""Two networks that are trained together, and the flags that they can be varied by."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from d2sparse import data, dual, rules, train, tree
+from d2sparse.dual import Coupling, Dual
+from d2sparse.schedules import at
+from d2sparse.train import Data, TrainState
+from d2sparse.transforms import sparsify
+from experiments.singles import (
+    NO_SETTINGS,
+    Method,
+    Settings,
+    make_settle,
+    train_through,
+    with_cost,
+)
+from experiments.task import Task, TaskConfig, check_least
+
+UNCOUPLED = Coupling(fast=0.0, slow=0.0, masks=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairOptions:
+    """Flags of experiments with pairs."""
+
+    # How D2-Sparse's slow learner learns: by gradient, or as the fast one's average.
+    mode: Literal["trained", "consolidated"] = "trained"
+    # Pace of the two learners; auto is fast_slow where the slow one consolidates, since
+    # a fast learner that anneals leaves nothing to average, and elsewhere symmetric or,
+    # where the --schedule is, constant.
+    preset: Literal["auto", "symmetric", "fast_slow", "constant"] = "auto"
+    coupling: float = 1.0  # weight of the peer's teaching, in both learners
+    temperature: float = 1.0  # of the softened outputs that are taught
+    coupling_ramp: int = 0  # steps over which the teaching grows to its weight
+    # Teaching counts as much as the peer is confident in it, between 0 and 1.
+    weighted_coupling: bool = False
+    trust_threshold: float = 0.0  # confidence below which a peer does not teach
+    mask_coupling: float = 1.0  # 1: masks avoid each other, 0: independent, -1: attract
+    independent_views: bool = False  # augment the batch for each learner anew
+    horizon: int = 0  # steps the slow average reaches back; 0: a sixth of the run
+
+
+class Choices(NamedTuple):
+    """What a pair is asked to be.
+
+    Attributes:
+      coupling: how the learners influence each other.
+      preset: of their paces.
+      mode: how the slow one learns.
+      horizon: steps the slow learner's average reaches back, in mode "consolidated".
+    """
+
+    coupling: Coupling
+    preset: str
+    mode: str
+    horizon: float
+
+
+def make_choices(options: PairOptions, config: TaskConfig, samples: int) -> Choices:
+    """What the flags ask for.
+
+    Args:
+      options: the flags.
+      config: the task.
+      samples: number of training examples.
+
+    Raises:
+      ValueError: a flag is out of its range.
+    """
+    check_least(options, {"horizon": 0})
+    epoch = data.steps_per_epoch(samples, config.batch_size)
+    annealed = "constant" if config.schedule == "constant" else "symmetric"
+    suited = "fast_slow" if options.mode == "consolidated" else annealed
+    return Choices(
+        coupling=Coupling(
+            fast=options.coupling,
+            slow=options.coupling,
+            temperature=options.temperature,
+            ramp=options.coupling_ramp,
+            masks=options.mask_coupling,
+            independent_views=options.independent_views,
+            weighted=options.weighted_coupling,
+            threshold=options.trust_threshold,
+        ),
+        preset=suited if options.preset == "auto" else options.preset,
+        mode=options.mode,
+        horizon=options.horizon or max(config.steps / 6, epoch),
+    )
+
+
+def pair(
+    task: Task,
+    tx: Callable[[Settings, jax.Array], Dual],
+    coupling: Coupling,
+    intervals: Dual,
+    when: Dual | None = None,
+) -> Method:
+    """Two networks, coupled or not.
+
+    Args:
+      task: what every method is given.
+      tx: (settings, key) -> transformations of the two networks.
+      coupling: how they influence each other; equal weights may differ between units.
+      intervals: mean steps between the refreshes of each mask, None for none.
+      when: step -> bool of each, when its mask is refreshed.
+    """
+    models, own = Dual(task.model, task.model), _defaults(task, coupling)
+    tx(own, jax.random.key(0))  # Complains now, not when the step is traced.
+    step = dual.make_dual_step(
+        models,
+        lambda settings: tx(settings, jax.random.key(0)),
+        coupling,
+        task.augment,
+        task.smoothing,
+        task.growth_samples,
+        when=when,
+    )
+
+    def costs(state: TrainState, data: Data) -> dict[str, Any]:
+        return _costs(task, intervals, state, len(data.labels))
+
+    def spent(state: TrainState, data: Data) -> Any:
+        return costs(state, data)["training"]
+
+    run = train.make_runner(with_cost(step, spent), task.mesh)
+    forward = train.make_predict(task.model)
+
+    def init(key: jax.Array, data: Data, settings: Settings = NO_SETTINGS) -> Any:
+        mask_key, key = jax.random.split(key)
+        chosen, skip = own | dict(settings), task.skip_faults
+        transforms = tx(chosen, mask_key)
+        return dual.init_pair(
+            models, transforms, data, key, coupling, settings=chosen, skip_faults=skip
+        )
+
+    def predict(state: TrainState, data: Data) -> dict[str, np.ndarray]:
+        return dual.pair_predictions(Dual(forward, forward), state, data)
+
+    def stored_and_inference(state: TrainState, data: Data) -> tuple[int, float]:
+        inference = costs(state, data)[dual.headline(state)]
+        return dual.stored_numbers(state), float(inference)
+
+    return Method(
+        init,
+        train_through(run, task.steps, _settle(task)),
+        predict,
+        stored_and_inference,
+        free=frozenset(own),
+        run=run,
+    )
+
+
+def sparse_pair(task: Task, choices: Choices) -> Method:
+    """Two sparse networks with the budget of one between them.
+
+    Raises:
+      ValueError: an average is asked for of learners that average already.
+    """
+    if task.average_from is not None and choices.mode == "consolidated":
+        raise ValueError(
+            "expected no averaging of a pair that consolidates, which is an average "
+            "already, got --averaging; choose --mode=trained"
+        )
+    halves = split_budget(task)
+    plans = make_plans(task, choices.preset)
+
+    def tx(settings: Settings, key: jax.Array) -> Dual:
+        plans = make_plans(task, choices.preset, settings["learning_rate"])
+        transforms = dual.make_transforms(
+            plans,
+            halves,
+            lambda rate: task.optimizer(rate, settings["weight_decay"]),
+            choices.mode,
+            choices.horizon,
+            key,
+        )
+        if choices.mode == "consolidated":
+            return transforms
+        return Dual(*(task.averaged(own) for own in transforms))
+
+    intervals = Dual(*(task.mean_interval(plan.interval) for plan in plans))
+    return pair(
+        task, tx, choices.coupling, intervals, Dual(*(plan.when for plan in plans))
+    )
+
+
+def dense_pair(task: Task, coupling: Coupling | None = None) -> Method:
+    """Two dense networks that teach each other: deep mutual learning.
+
+    Args:
+      task: what every method is given.
+      coupling: how they do; masks have no part in it.
+    """
+
+    def tx(settings: Settings, key: jax.Array) -> Dual:
+        rate = task.schedule(settings["learning_rate"])
+        inner = task.optimizer(rate, settings["weight_decay"])
+        network = task.averaged(sparsify(inner, rules.static(0.0), at([]), key))
+        return Dual(network, network)
+
+    never = at([])
+    coupling = dataclasses.replace(coupling or Coupling(), masks=0.0)
+    return pair(task, tx, coupling, Dual(None, None), Dual(never, never))
+
+
+def split_budget(task: Task) -> Dual:
+    """Sparsities of two networks that have the weights of one between them."""
+    size = sum(leaf.size for leaf in tree.prunable_leaves(task.params).values())
+    return dual.split_sparsity(size, task.sparsity)
+
+
+def make_plans(task: Task, preset: str, learning_rate: Any = None) -> Dual:
+    """How the learners of a pair move, see `dual.make_plans`."""
+    rate = task.learning_rate if learning_rate is None else learning_rate
+    return dual.make_plans(preset, rate, task.steps, task.interval)
+
+
+def _defaults(task: Task, coupling: Coupling) -> dict[str, float]:
+    own = {"learning_rate": task.learning_rate, "weight_decay": task.weight_decay}
+    if coupling.fast and coupling.fast == coupling.slow:
+        own["coupling"] = coupling.fast
+    return own
+
+
+def _costs(task: Task, intervals: Dual, state: TrainState, size: int) -> dict[str, Any]:
+    """MACs per example, on a data set of a size."""
+    spent = dual.pair_macs(
+        state,
+        Dual(task.macs, task.macs),
+        intervals,
+        growth_samples=min(task.growth_samples, size),
+        batch_size=min(task.batch_size, size),
+    )
+    if task.sharpness:
+        consolidated = dual.headline(state) == "slow"
+        uphill = spent["fast"] if consolidated else spent["ensemble"]
+        spent["training"] += 3 * uphill
+    return spent
+
+
+def _settle(task: Task) -> Callable[[TrainState, Data], TrainState]:
+    """Both learners with the averages of their weights, where these are asked for."""
+    alone = make_settle(task, task.model)
+
+    def settle(state: TrainState, data: Data) -> TrainState:
+        if task.average_from is None:
+            return state
+        both = [
+            alone(state._replace(params=p, model_state=s, opt_state=o), data)
+            for p, s, o in zip(
+                state.params, state.model_state, state.opt_state, strict=True
+            )
+        ]
+        return state._replace(
+            params=Dual(*(own.params for own in both)),
+            model_state=Dual(*(own.model_state for own in both)),
+        )
+
+    return settle

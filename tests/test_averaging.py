@@ -1,0 +1,235 @@
+"""Averages of weights against numpy, under masks, and beside any optimiser."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from d2sparse import rules, train
+from d2sparse.masks import apply_masks
+from d2sparse.models import resnet8
+from d2sparse.schedules import constant, every
+from d2sparse.transforms import (
+    average_weights,
+    get_average,
+    get_masks,
+    set_masks,
+    sparsify,
+)
+
+STEPS = 12
+
+
+def walk(tx, params, steps=STEPS, **extra):
+    """The parameters and the average after every update, from random gradients."""
+    state, key = tx.init(params), jax.random.key(0)
+
+    @jax.jit
+    def step(params, state, number):
+        shapes = jax.tree.map(lambda x: x.shape, params)
+        grads = jax.tree.map(
+            lambda shape: jax.random.normal(jax.random.fold_in(key, number), shape),
+            shapes,
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+        updates, state = tx.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    seen = []
+    for number in range(steps):
+        params, state = step(params, state, number)
+        seen.append((params, get_average(state), state))
+    return seen
+
+
+def weights(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "kernel": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32),
+        "bias": jnp.zeros(5),
+    }
+
+
+@pytest.mark.parametrize("begin", [0, 4, STEPS + 1])
+@pytest.mark.parametrize("horizon", [None, 1.0, 3.0])
+def test_the_average_is_that_of_numpy(begin, horizon):
+    seen = walk(average_weights(optax.sgd(0.1), begin, horizon), weights())
+    trail = [np.asarray(params["kernel"], float) for params, _, _ in seen]
+    expected = trail[0]
+    for number, (_, average, _) in enumerate(seen):
+        tail = number - begin + 1
+        if tail <= 1:
+            expected = trail[number]
+        else:
+            decay = 1 - 1 / tail
+            decay = decay if horizon is None else min(decay, 1 - 1 / horizon)
+            expected = decay * expected + (1 - decay) * trail[number]
+        np.testing.assert_allclose(average["kernel"], expected, atol=1e-6)
+
+
+def test_the_plain_average_is_the_mean_of_the_tail():
+    seen = walk(average_weights(optax.sgd(0.1), begin=4), weights())
+    tail = np.mean([params["bias"] for params, _, _ in seen[4:]], axis=0)
+    np.testing.assert_allclose(seen[-1][1]["bias"], tail, atol=1e-6)
+
+
+def test_the_training_is_left_as_it_is():
+    plain = optax.adam(0.1)
+    tx = average_weights(plain, begin=2)
+    state = plain.init(weights())
+    params = weights()
+    for number, (seen, _, _) in enumerate(walk(tx, weights())):
+        key = jax.random.fold_in(jax.random.key(0), number)
+        grads = jax.tree.map(lambda x, key=key: jax.random.normal(key, x.shape), params)
+        updates, state = plain.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for path in params:
+            np.testing.assert_allclose(seen[path], params[path], atol=1e-6)
+
+
+def test_under_moving_masks_the_average_is_zero_where_the_weights_are():
+    rule = rules.set_(0.5, constant(0.5))
+    tx = average_weights(sparsify(optax.sgd(0.1), rule, every(3)))
+    seen = walk(tx, weights())
+    masks = [np.asarray(get_masks(state)["kernel"]) for _, _, state in seen]
+    assert (masks[0] != masks[-1]).any()
+    for (_, average, _), mask in zip(seen, masks, strict=True):
+        np.testing.assert_array_equal(np.asarray(average["kernel"]) != 0, mask)
+
+
+def test_masks_are_found_and_set_through_the_average():
+    tx = average_weights(sparsify(optax.sgd(0.1), rules.static(0.5)))
+    state = tx.init(weights())
+    masks = jax.tree.map(lambda mask: ~mask, get_masks(state)) | {
+        "bias": jnp.ones(5, bool)
+    }
+    state = set_masks(state, masks)
+    params = apply_masks(weights(), masks)
+    _, state = tx.update(params, state, params)
+    np.testing.assert_array_equal(get_average(state)["kernel"] != 0, masks["kernel"])
+
+
+def test_further_arguments_reach_the_inner_optimiser():
+    rule = rules.set_(0.5, constant(0.5))
+    tx = average_weights(sparsify(optax.sgd(0.1), rule, every(1)))
+    (_, _, before), *_, (_, _, after) = walk(tx, weights(), refresh=False)
+    np.testing.assert_array_equal(
+        get_masks(before)["kernel"], get_masks(after)["kernel"]
+    )
+
+
+def test_the_state_shares_no_buffer_with_the_parameters():
+    params = weights()
+    state = average_weights(optax.sgd(0.1)).init(params)
+    assert state.average["kernel"] is not params["kernel"]
+    jax.jit(lambda p, s: (p, s), donate_argnums=(0, 1))(params, state)
+
+
+def test_half_precision_stays():
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    tx = average_weights(optax.sgd(0.1))
+    _, state = tx.update(params, tx.init(params), params)
+    assert get_average(state)["w"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("options", [{"begin": -1}, {"horizon": 0.5}])
+def test_what_is_out_of_range_is_refused(options):
+    with pytest.raises(ValueError, match="begin of at least 0 and a horizon of at"):
+        average_weights(optax.sgd(0.1), **options)
+
+
+def test_the_parameters_are_needed():
+    tx = average_weights(optax.sgd(0.1))
+    with pytest.raises(ValueError, match="average_weights needs the parameters"):
+        tx.update(weights(), tx.init(weights()))
+
+
+def test_there_has_to_be_one_average():
+    with pytest.raises(ValueError, match=r"one optimiser .*got 0 of them"):
+        get_average(optax.sgd(0.1).init(weights()))
+    state = average_weights(optax.sgd(0.1)).init(weights())
+    with pytest.raises(ValueError, match="got 2 of them; take that of each network"):
+        get_average((state, state))
+
+
+# Sharpness
+
+
+def quadratic(params):
+    return jnp.sum(jnp.array([[1.0, 4.0, 9.0]]) * params["w"] ** 2) / 2
+
+
+def test_a_sharpness_aware_step_is_that_of_numpy():
+    tx = train.make_optimizer("sgd", 0.1, weight_decay=0.0, sharpness=0.5)
+    params = {"w": jnp.array([[1.0, -1.0, 0.5]])}
+    grad = jax.grad(quadratic)
+    updates, _ = tx.update(
+        grad(params), tx.init(params), params, grad_fn=lambda p, _: grad(p)
+    )
+    scale, w = np.array([[1.0, 4.0, 9.0]]), np.asarray(params["w"], float)
+    uphill = w + 0.5 * scale * w / np.linalg.norm(scale * w)
+    np.testing.assert_allclose(updates["w"], -0.1 * scale * uphill, rtol=1e-5)
+
+
+def test_uphill_is_along_live_weights_alone():
+    masks = {"w": jnp.array([[True, False, True]])}
+    tx = sparsify(
+        train.make_optimizer("sgd", 0.1, sharpness=0.5), rules.fixed(masks), every(9)
+    )
+    params, places = {"w": jnp.array([[1.0, 0.0, 0.5]])}, []
+
+    def grad_fn(params, _):
+        places.append(np.asarray(params["w"]).ravel())
+        return {"w": 2 * params["w"] + 1}
+
+    updates, _ = tx.update(grad_fn(params, 0), tx.init(params), params, grad_fn=grad_fn)
+    gradient = np.array([3.0, 0.0, 2.0])
+    uphill = [1.0, 0.0, 0.5] + 0.5 * gradient / np.linalg.norm(gradient)
+    np.testing.assert_allclose(places[1], uphill, rtol=1e-5)
+    expected = -0.1 * np.array([1, 0, 1]) * (2 * uphill + 1)
+    np.testing.assert_allclose(updates["w"].ravel(), expected, rtol=1e-5)
+
+
+def test_without_a_gradient_there_is_no_uphill():
+    tx = train.make_optimizer("sgd", 0.1, sharpness=0.5)
+    params = {"w": jnp.zeros((1, 3))}
+    grad = jax.grad(quadratic)
+    updates, _ = tx.update(
+        grad(params), tx.init(params), params, grad_fn=lambda p, _: grad(p)
+    )
+    assert (np.asarray(updates["w"]) == 0).all()
+
+
+# Statistics
+
+
+def test_statistics_are_taken_from_the_data_and_not_from_the_past():
+    model = resnet8(width=2)
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(20, 8, 8, 1)).astype(np.uint8)
+    data = train.Data(
+        jnp.asarray(images), jnp.zeros(20, jnp.int32), jnp.zeros(1), jnp.ones(1)
+    )
+    params, fresh = model.init(jax.random.key(0), train.inputs(data))
+    spoilt = jax.tree.map(lambda x: x + 5.0, fresh)
+    statistics = train.make_statistics(model)
+    key = jax.random.key(1)
+    first, second = (statistics(params, s, data, key) for s in (fresh, spoilt))
+    stem = jax.tree_util.tree_leaves_with_path(first)
+    for (path, a), b in zip(stem, jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3, err_msg=str(path))
+    kernel = params["stem_conv"]["kernel"]
+    x = jax.lax.conv_general_dilated(
+        train.inputs(data),
+        kernel,
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    mean = first["batch_stats"]["stem_norm"]["mean"]
+    np.testing.assert_allclose(mean, x.mean((0, 1, 2)), rtol=1e-2, atol=1e-3)
+
+
+def test_a_network_without_statistics_needs_none():
+    assert train.make_statistics(None)(None, {}, None, None) == {}

@@ -1,0 +1,182 @@
+"""What a pair can be told besides: whom to trust, to merge, to look for flatness."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.special
+
+from d2sparse import dual, rules, train
+from d2sparse.data import Split
+from d2sparse.dual import Coupling, Dual
+from d2sparse.models import lenet_300_100
+from d2sparse.schedules import at
+from d2sparse.transforms import average_weights, get_average, sparsify
+
+SIZE, CLASSES = 12, 4
+MODELS = Dual(lenet_300_100(CLASSES, 0.05), lenet_300_100(CLASSES, 0.05))
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(SIZE, 8, 8, 1)).astype(np.uint8)
+    return train.to_device(Split(images, rng.integers(CLASSES, size=SIZE)))
+
+
+def descent(wrap=lambda tx: tx, **options):
+    """Gradient descent at rate 1: the update is the gradient, its sign turned."""
+    plain = train.make_optimizer("sgd", 1.0, momentum=0.0, **options)
+    tx = wrap(sparsify(plain, rules.static(0.0), at([])))
+    return Dual(tx, tx)
+
+
+def gradients(data, coupling, tx=None, scale=1.2):
+    """What one step takes from the parameters, and the logits of both before."""
+    tx = tx or descent()
+    state = dual.init_pair(MODELS, tx, data, jax.random.key(0), coupling)
+    # Larger heads, so that the networks are not equally sure of everything.
+    params = jax.tree.map(lambda w: scale * w, state.params)
+    state = state._replace(params=params)
+    step = jax.jit(dual.make_dual_step(MODELS, tx, coupling))
+    after, _ = step(state, data, jnp.arange(SIZE))
+    taken = jax.tree.map(lambda a, b: np.asarray(a - b), params, after.params)
+    x = train.inputs(data)
+    logits = Dual(
+        *(m.apply(p, {}, x, train=True)[0] for m, p in zip(MODELS, params, strict=True))
+    )
+    return taken, logits, params
+
+
+def head_bias_by_hand(data, logits, peer, trust, weight=1.0):
+    """Gradient of the head's bias: the mean error of the outputs."""
+    p, q = scipy.special.softmax(logits, -1), scipy.special.softmax(peer, -1)
+    own = p - np.eye(CLASSES)[data.labels]
+    return (own + weight * trust[:, None] * (p - q)).mean(axis=0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 0.6, 0.999])
+def test_teaching_counts_as_much_as_the_peer_is_trusted(data, weighted, threshold):
+    coupling = Coupling(masks=0.0, weighted=weighted, threshold=threshold)
+    taken, logits, _ = gradients(data, coupling)
+    for learner in (0, 1):
+        peer = logits[1 - learner]
+        sure = scipy.special.softmax(peer, -1).max(-1)
+        trust = np.where(sure >= threshold, sure if weighted else 1.0, 0.0)
+        if threshold == 0.6:
+            assert 0 < (trust > 0).mean() < 1
+        expected = head_bias_by_hand(data, logits[learner], peer, trust)
+        np.testing.assert_allclose(
+            taken[learner]["head"]["bias"], expected, rtol=1e-3, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.0])
+def test_a_threshold_out_of_range_is_refused(threshold):
+    with pytest.raises(ValueError, match=r"threshold of confidence in \[0, 1\), got"):
+        Coupling(threshold=threshold)
+
+
+def test_each_learner_looks_for_flatness_with_its_peer_held_fixed(data):
+    coupling, radius = Coupling(masks=0.0), 0.3
+    sharp, _, params = gradients(data, coupling, descent(sharpness=radius))
+    plain, _, _ = gradients(data, coupling)
+    for learner in (0, 1):
+        norm = optax.tree.norm(plain[learner])
+        uphill = jax.tree.map(
+            lambda w, g, norm=norm: w + radius * g / norm,
+            params[learner],
+            plain[learner],
+        )
+        moved = list(params)
+        moved[learner] = uphill
+        x = train.inputs(data)
+        logits = [
+            m.apply(p, {}, x, train=True)[0] for m, p in zip(MODELS, moved, strict=True)
+        ]
+        own, peer = logits[learner], logits[1 - learner]
+        expected = head_bias_by_hand(data, own, peer, np.ones(SIZE))
+        np.testing.assert_allclose(
+            sharp[learner]["head"]["bias"], expected, rtol=1e-3, atol=1e-5
+        )
+
+
+def test_the_average_of_each_learner_is_kept_beside_it(data):
+    tx, coupling = descent(average_weights), Coupling(masks=0.0)
+    state = dual.init_pair(MODELS, tx, data, jax.random.key(0), coupling)
+    step = jax.jit(dual.make_dual_step(MODELS, tx, coupling))
+    trail = []
+    for _ in range(3):
+        state, _ = step(state, data, jnp.arange(SIZE))
+        trail.append(state.params)
+    for learner in (0, 1):
+        mean = np.mean([p[learner]["head"]["bias"] for p in trail], axis=0)
+        average = get_average(state.opt_state[learner])
+        np.testing.assert_allclose(average["head"]["bias"], mean, atol=1e-6)
+
+
+def test_at_a_constant_rate_both_move_as_in_the_symmetric_preset():
+    constant, symmetric = (
+        dual.make_plans(preset, 0.1, steps=100, interval=10)
+        for preset in ("constant", "symmetric")
+    )
+    for plan, other in zip(constant, symmetric, strict=True):
+        for step in (0, 10, 50, 99):
+            assert float(plan.learning_rate(step)) == pytest.approx(0.1)
+            assert float(plan.drop_fraction(step)) == float(other.drop_fraction(step))
+            assert bool(plan.when(step)) == bool(other.when(step))
+
+
+# Merging
+
+
+def random_pair(seed=0):
+    rng = np.random.default_rng(seed)
+    masks = Dual(*(rng.random((6, 5)) < d for d in (0.5, 0.3)))
+    params = Dual(
+        *(
+            {
+                "kernel": np.where(m, rng.normal(size=m.shape), 0),
+                "bias": rng.normal(size=5),
+            }
+            for m in masks
+        )
+    )
+    params = jax.tree.map(jnp.asarray, params)
+    live = [{"kernel": jnp.asarray(m), "bias": jnp.ones(5, bool)} for m in masks]
+    return params, Dual(*live)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_a_merger_is_the_largest_of_the_average(share):
+    params, masks = random_pair()
+    merged, live = dual.merge(params, masks, share)
+    average = {
+        path: share * np.asarray(params.fast[path])
+        + (1 - share) * np.asarray(params.slow[path])
+        for path in ("kernel", "bias")
+    }
+    number = int(masks.slow["kernel"].sum())
+    smallest = np.sort(np.abs(average["kernel"]).ravel())[-number]
+    expected = np.where(np.abs(average["kernel"]) >= smallest, average["kernel"], 0)
+    if share < 1:  # Else ties of zeros may be kept, by index.
+        np.testing.assert_allclose(merged["kernel"], expected, rtol=1e-5)
+    np.testing.assert_allclose(merged["bias"], average["bias"], rtol=1e-5)
+    assert int(live["kernel"].sum()) == number
+    assert live["bias"].all()
+
+
+def test_merging_a_network_with_itself_changes_nothing():
+    params, masks = random_pair()
+    merged, live = dual.merge(
+        Dual(params.slow, params.slow), Dual(masks.slow, masks.slow)
+    )
+    np.testing.assert_allclose(merged["kernel"], params.slow["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(live["kernel"], masks.slow["kernel"])
+
+
+def test_a_share_out_of_range_is_refused():
+    with pytest.raises(ValueError, match=r"share in \[0, 1\], got 1\.5"):
+        dual.merge(*random_pair(), share=1.5)
