@@ -1,7 +1,7 @@
 """From the results of units to the rows and cells of a table."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,7 @@ def publish(
     rows: list[dict[str, Any]],
     columns: Mapping[str, str],
     error: str = "standard_error",
+    to_cells: Callable[[Mapping[str, Any], str], dict[str, str]] | None = None,
 ) -> dict[str, Any]:
     """Writes summary and table, and prints the table.
 
@@ -149,12 +150,15 @@ def publish(
       rows: as `summarise` returns them, and more.
       columns: titles of the table by field.
       error: the field that stands behind the accuracy.
+      to_cells: `(row, error) -> cells`; if not given, `cells`.
 
     Returns:
       The summary.
     """
-    titles = {**columns, "accuracy": f"{judged(config)} accuracy %"}
-    table = records.markdown_table([cells(row, error) for row in rows], titles)
+    titles = {"accuracy": f"{judged(config)} accuracy %"}
+    titles = {**columns, **titles} if to_cells is None else columns
+    text = to_cells or cells
+    table = records.markdown_table([text(row, error) for row in rows], titles)
     failed = out.failures()
     for name, why in failed.items():
         table += f"\n\n{name} failed and is not counted: {why}"

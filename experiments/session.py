@@ -9,7 +9,7 @@ import numpy as np
 
 from d2sparse import records, train
 from d2sparse.checkpoint import Checkpoints
-from d2sparse.train import Data, Logs, Runner, TrainState
+from d2sparse.train import Data, Indices, Logs, Runner, TrainState
 from d2sparse.tree import PyTree
 from experiments.task import TaskConfig
 
@@ -38,6 +38,7 @@ class Ledger:
       lines: measurements in metrics.jsonl.
       rounds: results of the parts of it that have finished.
       logs: metrics of the steps since the last report.
+      means: metrics of the last report.
     """
 
     taken: int = 0
@@ -47,6 +48,7 @@ class Ledger:
     lines: int = 0
     rounds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     logs: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    means: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Session:
@@ -117,9 +119,10 @@ class Session:
         data: Data,
         steps: int,
         around: Around = lambda state: state,
+        indices: Indices | None = None,
     ) -> TrainState:
         """Trains up to a step, see `train_together`."""
-        return train_together([self], run, [state], [data], steps, [around])[0]
+        return train_together([self], run, [state], [data], steps, [around], indices)[0]
 
     def wait(self) -> None:
         """Waits until what was saved is on disk.
@@ -139,7 +142,7 @@ class Session:
         ledger, taken = self.ledger, step - self.ledger.last
         ledger.spent += taken * logs.pop("macs", 0.0)
         ledger.taken += taken
-        ledger.last, ledger.logs = step, {}
+        ledger.last, ledger.logs, ledger.means = step, {}, dict(logs)
         self._log(ledger.taken, state, logs)
 
     def save(self, state: TrainState, around: Around, logs: Logs) -> None:
@@ -169,6 +172,7 @@ def train_together(
     data: Sequence[Data],
     steps: int,
     arounds: Sequence[Around],
+    indices: Indices | None = None,
 ) -> list[TrainState]:
     """Trains several units up to a step, in one program, counting steps and costs.
 
@@ -179,6 +183,8 @@ def train_together(
       data: training data.
       steps: the step to stop before.
       arounds: what has to be saved of a unit when its training stands at a state.
+      indices: which examples the steps are trained on, see `train.fit`; where they are
+        given, there is one report, at the end.
 
     Raises:
       FloatingPointError: no unit is left whose updates have all been finite; the states
@@ -215,12 +221,13 @@ def train_together(
         data[0] if alone else train.stack_runs(data),
         steps,
         first.config.batch_size,
-        first.config.report_every,
+        first.config.report_every if indices is None else steps,
         report,
         save,
         first.config.checkpoint_every or first.config.report_every,
         pending[0] if alone else _merged(pending),
         first.interrupted,
+        indices,
     )
     return split(end)
 

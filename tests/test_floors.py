@@ -23,6 +23,7 @@ FLOORS = {
     "models": 3,
     "data": 3,
     "train": 4,
+    "anytime": 5,
     "dual": 5,
     "lottery": 5,
     "checkpoint": 5,

@@ -1,4 +1,4 @@
-"""Data sets, data budgets, minibatch streams, augmentation and corruptions."""
+"""Data sets, data budgets, streams of them, augmentation and corruptions."""
 
 from d2sparse.data.augment import (
     Augment,
@@ -22,20 +22,38 @@ from d2sparse.data.corruptions import (
 )
 from d2sparse.data.noise import noisy_labels
 from d2sparse.data.sources import Source, Split, load
+from d2sparse.data.streams import (
+    REPLAYS,
+    Megabatch,
+    Replay,
+    Stream,
+    accumulate,
+    cut_stream,
+    epoch_batches,
+    on_finest_grid,
+    visible,
+)
 
 __all__ = [
     "CORRUPTIONS",
+    "REPLAYS",
     "Augment",
     "Corruption",
+    "Megabatch",
+    "Replay",
     "Source",
     "Split",
+    "Stream",
+    "accumulate",
     "batch_indices",
     "blur",
     "budget",
     "channel_statistics",
     "color_jitter",
     "contrast",
+    "cut_stream",
     "cutout",
+    "epoch_batches",
     "flip",
     "gaussian_noise",
     "holdout",
@@ -44,7 +62,9 @@ __all__ = [
     "make_augment",
     "noisy_labels",
     "occlusion",
+    "on_finest_grid",
     "shift",
     "standardize",
     "steps_per_epoch",
+    "visible",
 ]

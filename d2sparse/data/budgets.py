@@ -36,7 +36,7 @@ def budget(labels: np.ndarray, samples_per_class: int | None, seed: int) -> np.n
     >>> labels[budget(labels, samples_per_class=2, seed=0)]
     array([0, 1, 0, 1])
     """
-    labels = _check_labels(labels)
+    labels = check_labels(labels)
     if not samples_per_class:
         return np.arange(len(labels))
     if samples_per_class < 0:
@@ -50,7 +50,7 @@ def budget(labels: np.ndarray, samples_per_class: int | None, seed: int) -> np.n
             f"of class {classes[counts.argmin()]}; lower samples_per_class"
         )
     draws = [
-        _shuffled(np.flatnonzero(labels == label), (seed, _BUDGET, rank))
+        shuffled(np.flatnonzero(labels == label), (seed, _BUDGET, rank))
         for rank, label in enumerate(classes)
     ]
     return np.stack([d[:samples_per_class] for d in draws], axis=1).reshape(-1)
@@ -95,7 +95,7 @@ def long_tailed(
         )
     chosen = budget(labels, samples_per_class, seed).reshape(samples_per_class, -1)
     classes = chosen.shape[1]
-    place = _shuffled(np.arange(classes), (seed, _TAIL, 0))
+    place = shuffled(np.arange(classes), (seed, _TAIL, 0))
     sizes = samples_per_class * imbalance ** (-place / max(classes - 1, 1))
     kept = np.maximum(np.rint(sizes), 1)
     return chosen[np.arange(samples_per_class)[:, None] < kept]
@@ -129,7 +129,7 @@ def holdout(
     >>> labels[train], labels[validation]
     (array([0, 0, 1, 1]), array([0, 1]))
     """
-    labels, indices = _check_labels(labels), np.asarray(indices)
+    labels, indices = check_labels(labels), np.asarray(indices)
     _check_indices(indices, len(labels))
     if not 0 < fraction < 1:
         raise ValueError(f"expected a fraction between 0 and 1, got {fraction}")
@@ -143,16 +143,18 @@ def holdout(
     for rank, (label, count) in enumerate(zip(classes, counts, strict=True)):
         number = min(max(round(fraction * int(count)), 1), int(count) - 1)
         members = np.flatnonzero(labels[indices] == label)
-        held_out[_shuffled(members, (seed, _HOLDOUT, rank))[:number]] = True
+        held_out[shuffled(members, (seed, _HOLDOUT, rank))[:number]] = True
     return indices[~held_out], indices[held_out]
 
 
-def _shuffled(values: np.ndarray, stream: tuple[int, int, int]) -> np.ndarray:
+def shuffled(values: np.ndarray, stream: tuple[int, ...]) -> np.ndarray:
+    """The values in a random order, the same wherever the numbers are the same."""
     words = np.random.PCG64(stream).random_raw(len(values))
     return values[np.argsort(words, kind="stable")]
 
 
-def _check_labels(labels: np.ndarray) -> np.ndarray:
+def check_labels(labels: np.ndarray) -> np.ndarray:
+    """The labels as integers, or a ValueError that says what they are."""
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.size == 0 or labels.dtype.kind not in "iu":
         raise ValueError(

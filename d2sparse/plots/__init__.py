@@ -10,6 +10,7 @@ from d2sparse.plots.curves import Curve, learning_curves
 from d2sparse.plots.labels import DIRECTIONS, DISTANCES, LEADER
 from d2sparse.plots.masks import PARTS, WINDOW, mask_pair
 from d2sparse.plots.sparsity import accuracy_against_sparsity
+from d2sparse.plots.streams import along_stream
 from d2sparse.plots.style import (
     BLACK,
     BLUE,
@@ -42,6 +43,7 @@ __all__ = [
     "Curve",
     "accuracy_against_cost",
     "accuracy_against_sparsity",
+    "along_stream",
     "learning_curves",
     "mask_pair",
 ]

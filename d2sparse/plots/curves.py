@@ -42,7 +42,7 @@ def learning_curves(
     Raises:
       ValueError: if no measurement has the key.
     """
-    curves = _mean_curves(metrics, key)
+    curves = mean_curves(metrics, key)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8, 4))
         axes = figure.subplots()
@@ -63,8 +63,21 @@ def learning_curves(
     return figure
 
 
-def _mean_curves(metrics: Sequence[Mapping[str, Any]], key: str) -> dict[str, Curve]:
-    """The curve of every method, in the order of first measurement."""
+def mean_curves(metrics: Sequence[Mapping[str, Any]], key: str) -> dict[str, Curve]:
+    """The curve of every method, in the order of first measurement.
+
+    Args:
+      metrics: measurements with the fields method, seed and step.
+      key: the measured quantity; lines without it are left out.
+
+    Raises:
+      ValueError: no measurement has the key.
+
+    >>> lines = [{"method": "rigl", "seed": 0, "step": 5, "accuracy": 0.5}]
+    >>> steps, mean, error = mean_curves(lines, "accuracy")["rigl"]
+    >>> int(steps[0]), float(mean[0]), float(error[0])
+    (5, 0.5, 0.0)
+    """
     values: dict[str, dict[int, list[float]]] = {}
     for line in metrics:
         if key in line:

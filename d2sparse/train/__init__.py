@@ -15,7 +15,7 @@ from d2sparse.train.devices import (
 )
 from d2sparse.train.evaluation import evaluate, make_predict, make_statistics
 from d2sparse.train.faults import failure, guard, has_failed, last_good
-from d2sparse.train.loops import Logs, Report, Runner, Save, fit, make_runner
+from d2sparse.train.loops import Indices, Logs, Report, Runner, Save, fit, make_runner
 from d2sparse.train.memory import estimate_memory
 from d2sparse.train.optimizers import make_optimizer
 from d2sparse.train.runs import RUNS, is_stacked, stack_runs, unstack_runs
@@ -50,6 +50,7 @@ __all__ = [
     "RUNS",
     "Data",
     "Faults",
+    "Indices",
     "Logs",
     "Loss",
     "Metrics",

@@ -26,6 +26,7 @@ from d2sparse.train.steps import Step, step_indices
 Logs = dict[str, list[Any]]
 Report = Callable[[int, TrainState, dict[str, Any]], None]
 Save = Callable[[TrainState, Logs], None]
+Indices = Callable[[TrainState, int], jax.Array]
 
 
 def _never() -> bool:
@@ -98,6 +99,7 @@ def fit(
     save_every: int | None = None,
     logs: Mapping[str, list[Any]] | None = None,
     interrupted: Callable[[], bool] = _never,
+    indices: Indices | None = None,
 ) -> TrainState:
     """Trains up to step number `steps`, from wherever the state stands.
 
@@ -122,6 +124,8 @@ def fit(
       logs: metrics of the steps since the last report, where training goes on.
       interrupted: whether to stop; asked after each step on CPU, on accelerators after
         each stretch between reports and saves.
+      indices: `(state, steps) -> int32[steps, (runs,) batch]`, which examples the next
+        steps are trained on; if not given, all data in epochs.
 
     Returns:
       The state after the last step.
@@ -133,10 +137,15 @@ def fit(
     """
     every, pending = every or steps, {k: list(v) for k, v in (logs or {}).items()}
     position = int(state.step)
+
+    def in_epochs(state: TrainState, steps: int) -> jax.Array:
+        return _indices(state, data, steps, batch_size)
+
+    chosen = indices or in_epochs
     while position < steps:
         stop = min(_next_multiple(position, n, steps) for n in (every, save_every))
-        indices = _indices(state, data, stop - position, batch_size)
-        state, metrics = run(state, data, indices, interrupted)
+        rows = chosen(state, stop - position)
+        state, metrics = run(state, data, rows, interrupted)
         for name, values in jax.device_get(metrics).items():
             pending.setdefault(name, []).extend(values)
         position = int(state.step)

@@ -42,7 +42,7 @@ class TrainState(NamedTuple):
         and the step.
       faults: updates that were not finite.
       settings: numbers by name that tell this run from others of the same program,
-        such as a learning rate, never changed.
+        such as a learning rate; no step changes them.
     """
 
     step: jax.Array

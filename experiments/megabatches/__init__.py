@@ -1,0 +1,1 @@
+"""What `experiments.anytime` is made of: its flags, its learners, their walk."""
