@@ -139,6 +139,12 @@ class Run:
         results: dict[str, Any] = from_json(path.read_text(encoding="utf-8"))
         return results
 
+    def units(self) -> list[Unit]:
+        """All units that have come to their end, with results or without, by name."""
+        names = [path.stem for path in (self.workdir / "units").glob("*.json")]
+        parts = [name.rpartition("-seed") for name in sorted(names)]
+        return [Unit(method, int(seed)) for method, _, seed in parts]
+
     def fail(self, unit: Unit, why: str) -> None:
         """Records that a unit has no results, and why; it is not repeated either."""
         self.finish(unit, {"failed": why})
