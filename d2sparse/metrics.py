@@ -98,13 +98,47 @@ def ece(probabilities: jax.Array, labels: jax.Array, bins: int = 15) -> jax.Arra
     >>> print(ece(probabilities, jnp.array([0, 1])))
     0.25
     """
-    _check_probabilities(probabilities, labels)
-    confidence = jnp.max(probabilities, axis=-1).astype(jnp.float32)
-    surplus = (jnp.argmax(probabilities, axis=-1) == labels) - confidence
-    # Rounding can put a confidence slightly above 1.
-    bin_of = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
-    gaps = jnp.bincount(bin_of.ravel(), weights=surplus.ravel(), length=bins)
+    confidence, correct, bin_of = _binned(probabilities, labels, bins)
+    surplus = correct - confidence
+    gaps = jnp.bincount(bin_of, weights=surplus, length=bins)
     return jnp.sum(jnp.abs(gaps)) / surplus.size
+
+
+def calibration(
+    probabilities: jax.Array, labels: jax.Array, bins: int = 15
+) -> dict[str, jax.Array]:
+    """What a reliability diagram shows: the bins of `ece`, as sums.
+
+    Sums of several sets may be added up.
+
+    Args:
+      probabilities: of the whole set, `float[..., classes]`, rows summing to 1.
+      labels: `int[...]`.
+      bins: number of bins; static.
+
+    Returns:
+      float[bins] by name: "count" of examples in each bin, "confidence" the sum of
+      their largest probabilities, and "correct" how many are right. Their calibration
+      error is `sum |correct - confidence| / sum count`.
+
+    Raises:
+      ValueError: as in `nll`.
+
+    >>> probabilities = jnp.array([[0.75, 0.25], [0.75, 0.25]])
+    >>> found = calibration(probabilities, jnp.array([0, 1]), bins=2)
+    >>> {name: sums.tolist() for name, sums in found.items()}
+    {'count': [0.0, 2.0], 'confidence': [0.0, 1.5], 'correct': [0.0, 1.0]}
+    """
+    confidence, correct, bin_of = _binned(probabilities, labels, bins)
+    terms = {
+        "count": jnp.ones_like(confidence),
+        "confidence": confidence,
+        "correct": correct.astype(jnp.float32),
+    }
+    return {
+        name: jnp.bincount(bin_of, weights=values, length=bins)
+        for name, values in terms.items()
+    }
 
 
 def disagreement(scores_a: jax.Array, scores_b: jax.Array) -> jax.Array:
@@ -212,6 +246,18 @@ def density_table(
     leaves = tree.flatten(masks)
     live = count(masks, prunable)
     return {path: live[path] / np.float32(leaves[path].size) for path in live}
+
+
+def _binned(
+    probabilities: jax.Array, labels: jax.Array, bins: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of every example: its confidence, whether it is right, and its bin."""
+    _check_probabilities(probabilities, labels)
+    confidence = jnp.max(probabilities, axis=-1).astype(jnp.float32)
+    correct = jnp.argmax(probabilities, axis=-1) == labels
+    # Rounding can put a confidence slightly above 1.
+    bin_of = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
+    return confidence.ravel(), correct.ravel(), bin_of.ravel()
 
 
 def _check_labels(scores: jax.Array, labels: jax.Array) -> None:

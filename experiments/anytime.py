@@ -169,7 +169,8 @@ def report(
         if not key.endswith(("to_dense", "to_one_shot"))
         or key.partition("to_")[2] in config.methods
     }
-    return results.publish(config, out, "methods", rows, columns, to_cells=_cells)
+    table = records.markdown_table([_cells(row) for row in rows], columns)
+    return results.write(config, out, {"methods": rows}, table)
 
 
 def measure(
@@ -226,8 +227,8 @@ def _errors_as_accuracy(
     return {seed: {"accuracy": unit["mean_error"]} for seed, unit in units.items()}
 
 
-def _cells(row: Mapping[str, Any], error: str) -> dict[str, str]:
-    text = results.cells(row, error)
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    text = results.cells(row)
     if not row["seeds"]:
         return text
     for key in ("mean_error", "gap"):

@@ -146,13 +146,15 @@ def pair(
         inference = costs(state, data)[dual.headline(state)]
         return dual.stored_numbers(state), float(inference)
 
+    settle = _settle(task)
     return Method(
         init,
-        train_through(run, task.steps, _settle(task)),
+        train_through(run, task.steps, settle),
         predict,
         stored_and_inference,
         free=frozenset(own),
         run=run,
+        settle=settle,
     )
 
 

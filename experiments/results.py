@@ -1,7 +1,7 @@
 """From the results of units to the rows and cells of a table."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from d2sparse.tree import PyTree
 from experiments.task import Task, TaskConfig
 
 Results = Mapping[int, Mapping[str, Any]]  # By seed.
-_DIFFERENCES = ("to_dense", "to_random", "to_rigl")
+_DIFFERENCES = ("to_dense", "to_random", "to_rigl", "to_imp")
 
 
 def gather(out: records.Run, name: str, seeds: int) -> dict[int, dict[str, Any]]:
@@ -39,16 +39,16 @@ def summarise(name: str, results: Results, task: Task) -> dict[str, Any]:
     Args:
       name: of the method.
       results: of its units by seed.
-      task: what was learned; training costs are relative to its dense network.
+      task: what was learned; costs are relative to those of its dense network.
     """
     if not results:
         return {"method": name, "seeds": 0}
+    numbers = [k for k, v in next(iter(results.values())).items() if np.isscalar(v)]
     mean = {
-        key: float(np.mean([unit[key] for unit in results.values()]))
-        for key in next(iter(results.values()))
+        key: float(np.mean([unit[key] for unit in results.values()])) for key in numbers
     }
     summary = records.summarize(unit["accuracy"] for unit in results.values())
-    dense = 3 * task.steps * sum(task.macs.values())
+    dense = sum(task.macs.values())
     measured = {"sparsity": mean["sparsity"]} if "sparsity" in mean else {}
     return {
         "method": name,
@@ -59,9 +59,11 @@ def summarise(name: str, results: Results, task: Task) -> dict[str, Any]:
         "seeds": summary.n,
         "nll": mean["nll"],
         "ece": mean["ece"],
+        "brier": mean["brier"],
         "nonzeros": mean["nonzeros"],
-        "relative_macs": mean["training_macs"] / dense,
+        "relative_macs": mean["training_macs"] / (3 * task.steps * dense),
         "inference_macs": mean["inference_macs"],
+        "relative_inference": mean["inference_macs"] / dense,
         "seconds": float(np.median([unit["seconds"] for unit in results.values()])),
         "outputs": {k: v for k, v in mean.items() if k.startswith("accuracy_")},
     }
@@ -126,8 +128,10 @@ def cells(row: Mapping[str, Any], error: str = "standard_error") -> dict[str, st
         "accuracy": percent(row["accuracy"], row[error]),
         "nll": f"{row['nll']:.3f}",
         "ece": f"{100 * row['ece']:.1f}",
+        "brier": f"{row['brier']:.3f}",
         "nonzeros": f"{row['nonzeros']:,.0f}",
         "relative_macs": f"{row['relative_macs']:.2f}",
+        "relative_inference": f"{row['relative_inference']:.2f}",
         "seconds": f"{row['seconds']:.1f}",
     }
 
@@ -139,7 +143,6 @@ def publish(
     rows: list[dict[str, Any]],
     columns: Mapping[str, str],
     error: str = "standard_error",
-    to_cells: Callable[[Mapping[str, Any], str], dict[str, str]] | None = None,
 ) -> dict[str, Any]:
     """Writes summary and table, and prints the table.
 
@@ -150,19 +153,33 @@ def publish(
       rows: as `summarise` returns them, and more.
       columns: titles of the table by field.
       error: the field that stands behind the accuracy.
-      to_cells: `(row, error) -> cells`; if not given, `cells`.
 
     Returns:
       The summary.
     """
-    titles = {"accuracy": f"{judged(config)} accuracy %"}
-    titles = {**columns, **titles} if to_cells is None else columns
-    text = to_cells or cells
-    table = records.markdown_table([text(row, error) for row in rows], titles)
+    titles = {**columns, "accuracy": f"{judged(config)} accuracy %"}
+    table = records.markdown_table([cells(row, error) for row in rows], titles)
+    return write(config, out, {kind: rows}, table)
+
+
+def write(
+    config: TaskConfig, out: records.Run, found: Mapping[str, Any], table: str
+) -> dict[str, Any]:
+    """Writes summary and tables, adding what has failed, and prints the tables.
+
+    Args:
+      config: the flags.
+      out: where to.
+      found: what the summary says.
+      table: the tables, as Markdown.
+
+    Returns:
+      The summary.
+    """
     failed = out.failures()
     for name, why in failed.items():
         table += f"\n\n{name} failed and is not counted: {why}"
-    summary = {"config": dataclasses.asdict(config), kind: rows, "failed": failed}
+    summary = {"config": dataclasses.asdict(config), **found, "failed": failed}
     out.write_summary(summary)
     out.write_text("table.md", table + "\n")
     console = Console(soft_wrap=True)

@@ -43,6 +43,7 @@ class Method(NamedTuple):
       run: runner of its steps, where all of them are those of one program and several
         units can be trained at once. The metrics of every step hold what it costs:
         "macs", per example.
+      settle: `(state, data) -> state`, what counts of a state at the end of training.
     """
 
     init: Callable[[jax.Array, Data, Settings], Any]
@@ -55,6 +56,7 @@ class Method(NamedTuple):
     state: Callable[[Any], TrainState] = lambda begun: begun
     free: frozenset[str] = frozenset({"learning_rate", "weight_decay"})
     run: Runner | None = None
+    settle: Callable[[TrainState, Data], TrainState] = lambda state, data: state
 
 
 class Recipe(NamedTuple):
@@ -121,6 +123,7 @@ def single(task: Task, recipe: Recipe) -> Method:
         network.live,
         free=frozenset(_defaults(task, recipe)),
         run=network.run,
+        settle=network.settle,
     )
 
 

@@ -118,7 +118,7 @@ class Task(NamedTuple):
       macs: its dense forward cost by path.
       augment: `(key, images) -> images`.
       optimizer: (learning rate, weight decay) -> inner optimiser.
-      schedule: learning rate -> what becomes of it, over `steps`.
+      anneals: whether the learning rate falls.
       learning_rate: the largest one.
       weight_decay: on live kernels.
       smoothing: label smoothing.
@@ -128,7 +128,7 @@ class Task(NamedTuple):
       growth_samples: examples of a growth gradient.
       interval: steps between two refreshes of a mask.
       sharpness: how far uphill gradients are taken; 0 for where the weights are.
-      average_from: the step from which weights are averaged; None for no average.
+      averaging: last part of a training whose weights are averaged.
       skip_faults: whether updates that are not finite are left out.
       image_shape: of one example, the channels last.
       ticket: the weights and masks that single networks begin with; None draws them.
@@ -141,7 +141,7 @@ class Task(NamedTuple):
     macs: dict[str, int]
     augment: Augment
     optimizer: Callable[[optax.ScalarOrSchedule, Any], optax.GradientTransformation]
-    schedule: Callable[[Any], optax.Schedule]
+    anneals: bool
     learning_rate: float
     weight_decay: float
     smoothing: float
@@ -151,7 +151,7 @@ class Task(NamedTuple):
     growth_samples: int
     interval: int
     sharpness: float
-    average_from: int | None
+    averaging: float
     skip_faults: bool
     image_shape: tuple[int, ...]
     ticket: Ticket | None
@@ -162,6 +162,18 @@ class Task(NamedTuple):
         """Steps per refresh over the whole run, None if there is no refresh."""
         refreshes = (refresh_stop(self.steps) - 1) // interval
         return self.steps / refreshes if refreshes else None
+
+    def schedule(self, learning_rate: Any) -> optax.Schedule:
+        """What becomes of a learning rate in one training."""
+        if not self.anneals:
+            return optax.constant_schedule(learning_rate)
+        return optax.cosine_decay_schedule(learning_rate, self.steps)
+
+    @property
+    def average_from(self) -> int | None:
+        """The step from which weights are averaged; None for no average."""
+        tail = round(self.averaging * self.steps)
+        return self.steps - tail if tail else None
 
     def averaged(
         self, tx: optax.GradientTransformation
@@ -258,11 +270,6 @@ def make_task(
             config.optimizer, rate, decay, config.momentum, config.sharpness
         )
 
-    def schedule(rate: Any) -> optax.Schedule:
-        if config.schedule == "constant":
-            return optax.constant_schedule(rate)
-        return optax.cosine_decay_schedule(rate, config.steps)
-
     # Methods make theirs when they are traced.
     optimizer(config.learning_rate, config.weight_decay)
     size, stop = len(labelled.labels), refresh_stop(config.steps)
@@ -280,7 +287,7 @@ def make_task(
             jitter=config.jitter,
         ),
         optimizer=optimizer,
-        schedule=schedule,
+        anneals=config.schedule == "cosine",
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         smoothing=config.label_smoothing,
@@ -290,7 +297,7 @@ def make_task(
         growth_samples=config.growth_samples,
         interval=config.refresh_interval or interval,
         sharpness=config.sharpness,
-        average_from=_average_from(config),
+        averaging=config.averaging,
         skip_faults=config.on_nonfinite == "skip",
         image_shape=tuple(labelled.images.shape[1:]),
         ticket=load_ticket(config.ticket, params, state) if config.ticket else None,
@@ -381,11 +388,6 @@ def shapes_and_macs(
     costs = macs.forward_macs(apply, variables, x)
     params, state = variables
     return params, state, {path: costs[f"0/{path}"] for path in tree.flatten(params)}
-
-
-def _average_from(config: TaskConfig) -> int | None:
-    tail = round(config.averaging * config.steps)
-    return config.steps - tail if tail else None
 
 
 def _make_mesh(config: TaskConfig, size: int) -> Mesh | None:

@@ -5,10 +5,12 @@ Figures are made with matplotlib's object interface, so that nothing global chan
 colours are those of Okabe and Ito, told apart by colour-blind readers.
 """
 
+from d2sparse.plots.calibration import reliability_diagram
 from d2sparse.plots.cost import accuracy_against_cost
 from d2sparse.plots.curves import Curve, learning_curves
 from d2sparse.plots.labels import DIRECTIONS, DISTANCES, LEADER
 from d2sparse.plots.masks import PARTS, WINDOW, mask_pair
+from d2sparse.plots.ranks import average_ranks, critical_difference, rank_diagram
 from d2sparse.plots.sparsity import accuracy_against_sparsity
 from d2sparse.plots.streams import along_stream
 from d2sparse.plots.style import (
@@ -44,6 +46,10 @@ __all__ = [
     "accuracy_against_cost",
     "accuracy_against_sparsity",
     "along_stream",
+    "average_ranks",
+    "critical_difference",
     "learning_curves",
     "mask_pair",
+    "rank_diagram",
+    "reliability_diagram",
 ]

@@ -1,0 +1,188 @@
+"""From the cells of a run directory to its tables and figures."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from d2sparse import data, plots, records
+from d2sparse.data import CORRUPTIONS
+from experiments import results
+from experiments.few_labels.cells import Cell, Setting, parse_cell
+from experiments.few_labels.options import CONTENDER_NAMES, LowDataOptions
+from experiments.few_labels.plans import Planner
+from experiments.task import Task
+
+Found = Mapping[Cell, results.Results]  # By seed.
+
+_COLUMNS = {
+    "method": "method",
+    "accuracy": "accuracy %",
+    "to_rigl": "minus RigL",
+    "to_imp": "minus IMP",
+    "to_dense": "minus dense",
+    "nll": "NLL",
+    "ece": "ECE %",
+    "brier": "Brier",
+    "nonzeros": "non-zeros",
+    "relative_macs": "training MACs",
+    "relative_inference": "inference MACs",
+    "seeds": "seeds",
+    "seconds": "seconds",
+}
+_HEADING = "## {} labels per class"
+_HARDER = "Test accuracy in % where something is wrong"
+# Whose calibration is shown; that of all methods would fill a page.
+_CALIBRATED = (
+    *("dense", "dense_smoothed", "self_distilled", "dense_mutual"),
+    *("rigl", "imp", "free_tickets", "uncoupled_pair"),
+    *("d2_sparse", "d2_averaged", "d2_consolidated", "d2_distilled"),
+)
+_COMPARED = {"to_rigl": "rigl", "to_imp": "imp", "to_dense": "dense"}
+
+
+def gather_cells(out: records.Run) -> dict[Cell, dict[int, dict[str, Any]]]:
+    """The results of everything that has come to its end, whenever it was run."""
+    found: dict[Cell, dict[int, dict[str, Any]]] = {}
+    for unit in out.units():
+        own = out.finished(unit)
+        if own and "failed" not in own:
+            found.setdefault(parse_cell(unit.method), {})[unit.seed] = own
+    return found
+
+
+def report(
+    config: LowDataOptions, source: data.Source, out: records.Run
+) -> dict[str, Any]:
+    """Writes summary, tables and figures of all finished cells, and prints the tables.
+
+    Returns:
+      The summary, as in summary.json.
+
+    Raises:
+      ValueError: nothing has been finished.
+    """
+    found = gather_cells(out)
+    if not found:
+        raise ValueError(
+            f"expected a finished cell in {out.workdir}, got none; the failures are in "
+            "its units"
+        )
+    budgets = sorted({cell.setting.samples for cell in found})
+    tables, summary = [], {}
+    for samples in budgets:
+        task = Planner(config, source, Setting(samples)).base.task
+        rows = list_rows(found, samples, task)
+        if not rows:  # Only wrong labels or long tails were run.
+            continue
+        robust = list_robustness(found, samples)
+        tables += [_HEADING.format(samples or "All"), _table(rows)]
+        tables += [_HARDER, records.markdown_table(robust, {k: k for k in robust[0]})]
+        summary[str(samples)] = {"methods": rows, "robustness": robust}
+        _draw(rows, found, samples, out)
+    whole = {"budgets": summary, "ranks": _rank(found, out)}
+    return results.write(config, out, whole, "\n\n".join(tables))
+
+
+def list_rows(found: Found, samples: int, task: Task) -> list[dict[str, Any]]:
+    """The rows of the main table of a budget, in the order of the methods."""
+    own = _of_setting(found, Setting(samples))
+    rows = []
+    for name, units in own.items():
+        row = results.summarise(name, units, task)
+        for key, other in _COMPARED.items():
+            if other in own and other != name:
+                row |= results.difference(key, units, own[other])
+        rows.append(row)
+    return rows
+
+
+def list_robustness(found: Found, samples: int) -> list[dict[str, str]]:
+    """The cells of the table of robustness of a budget: means over seeds."""
+    clean, every = Setting(samples), sorted({cell.setting for cell in found})
+    harder = [own for own in every if own.samples == samples and own != clean]
+    rows = []
+    for name, units in _of_setting(found, clean).items():
+        row = {"method": name}
+        for corruption in CORRUPTIONS:
+            row[corruption.replace("_", " ")] = _percent(
+                [_corrupted(unit, corruption) for unit in units.values()]
+            )
+        for setting in harder:
+            others = found.get(Cell(name, setting), {}).values()
+            row[setting.title] = _percent([unit["accuracy"] for unit in others])
+        rows.append(row)
+    return rows
+
+
+def compare(found: Found) -> dict[str, list[float]]:
+    """Accuracies by method over all seeds of all settings that every method has.
+
+    Settings that some method lacks are left out, and so are methods that share no
+    setting with the others.
+    """
+    by_setting: dict[tuple[Setting, int], dict[str, float]] = {}
+    for cell, units in found.items():
+        for seed, unit in units.items():
+            place = by_setting.setdefault((cell.setting, seed), {})
+            place[cell.method] = unit["accuracy"]
+    most = max(len(place) for place in by_setting.values())
+    places = [place for place in by_setting.values() if len(place) == most]
+    shared = set.intersection(*map(set, places))
+    names = [name for name in CONTENDER_NAMES if name in shared]
+    return {name: [place[name] for place in places] for name in names}
+
+
+def _of_setting(found: Found, setting: Setting) -> dict[str, results.Results]:
+    return {
+        name: found[Cell(name, setting)]
+        for name in CONTENDER_NAMES
+        if Cell(name, setting) in found
+    }
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    cells = [results.cells(row) | {"seeds": row["seeds"]} for row in rows]
+    given = {k: v for k, v in _COLUMNS.items() if any(k in cell for cell in cells)}
+    return records.markdown_table(cells, given | {"accuracy": "test accuracy %"})
+
+
+def _corrupted(unit: Mapping[str, Any], name: str) -> float:
+    """Mean over severities."""
+    own = [v for k, v in unit["corrupted"].items() if k.rpartition("-")[0] == name]
+    return float(np.mean(own))
+
+
+def _percent(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean, error, _ = records.summarize(values)
+    return results.percent(mean, error)
+
+
+def _draw(
+    rows: Sequence[Mapping[str, Any]], found: Found, samples: int, out: records.Run
+) -> None:
+    figure = plots.accuracy_against_cost(rows)
+    out.save_figure(f"accuracy_against_cost-{samples}", figure)
+    bins = {
+        name: _add_up([unit["calibration"] for unit in units.values()])
+        for name, units in _of_setting(found, Setting(samples)).items()
+        if name in _CALIBRATED
+    }
+    if bins:
+        out.save_figure(f"calibration-{samples}", plots.reliability_diagram(bins))
+
+
+def _add_up(bins: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, np.ndarray]:
+    return {key: np.sum([own[key] for own in bins], axis=0) for key in bins[0]}
+
+
+def _rank(found: Found, out: records.Run) -> dict[str, float]:
+    """Mean ranks, and their figure, where there are several methods to compare."""
+    scores = compare(found)
+    if len(scores) < 2:
+        return {}
+    out.save_figure("ranks", plots.rank_diagram(scores))
+    ranks = plots.average_ranks(np.transpose(list(scores.values())).tolist())
+    return dict(zip(scores, ranks.tolist(), strict=True))

@@ -1,0 +1,211 @@
+"""The choice of values for every method, on a validation part of the labels.
+
+Every method gets as many trials. The first are the flags as they are; those that follow
+come from a sequence that fills the ranges evenly, however many there are (the additive
+recurrence of Roberts, with the powers of the generalised golden ratio), the same points
+for all methods. The best mean validation accuracy wins, ties going to the smaller
+negative log likelihood, and the test set is not read.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from d2sparse import data, records
+from experiments import results
+from experiments.few_labels.cells import Cell, Setting, list_settings
+from experiments.few_labels.contenders import CONTENDERS
+from experiments.few_labels.options import LowDataOptions
+from experiments.few_labels.plans import Plan, Planner, Values, run_plans
+
+Tuned = dict[str, dict[str, Values]]  # By method and labels per class.
+FILE = "tuned.json"
+_PART = 0.2  # Of the labels, to validate on.
+
+
+def points(dimensions: int, count: int) -> np.ndarray:
+    """Points that fill the unit cube evenly: float[count, dimensions].
+
+    `u_t = frac(1 / 2 + t (1 / phi, ..., 1 / phi^d))` with `phi^(d + 1) = phi + 1`. More
+    points begin with the same ones.
+
+    >>> points(1, 3).round(3).ravel().tolist()
+    [0.5, 0.118, 0.736]
+    """
+    phi = 2.0
+    for _ in range(50):
+        phi = (1 + phi) ** (1 / (dimensions + 1))
+    steps = phi ** -np.arange(1.0, dimensions + 1)
+    return (0.5 + np.arange(count)[:, None] * steps) % 1
+
+
+def draw_trials(config: LowDataOptions, method: str) -> list[Values]:
+    """The values of every trial; those of the first are the flags."""
+    own = CONTENDERS[method].own(config)
+    ranges = {
+        "learning_rate": config.tuning_rates,
+        "weight_decay": config.tuning_decays,
+    }
+    trials: list[Values] = [{}]
+    for point in points(2 + len(own), config.trials)[1:]:
+        places = iter(point.tolist())
+        drawn: dict[str, Any] = {
+            name: _between(*ends, next(places)) for name, ends in ranges.items()
+        }
+        for name, choices in own.items():
+            drawn[name] = choices[int(next(places) * len(choices))]
+        trials.append(drawn)
+    return trials
+
+
+def tune(config: LowDataOptions, source: data.Source, out: records.Run) -> Tuned:
+    """Runs the trials that are missing, and writes what they say.
+
+    Trials are a run directory of their own, `tuning`, in that of the benchmark.
+
+    Args:
+      config: the flags.
+      source: the data set; its test set is not read.
+      out: the run directory of the benchmark.
+
+    Returns:
+      The chosen values, with those of earlier calls for other methods and budgets.
+
+    Raises:
+      ValueError: a flag is out of its range, or all trials of a method have failed.
+    """
+    own = dataclasses.replace(
+        config,
+        validation_fraction=config.validation_fraction or _PART,
+        seeds=config.tuning_seeds,
+    )
+    # Wrong labels and long tails are learned with the values of their budget.
+    settings = list_settings(dataclasses.replace(own, label_noises=(), imbalances=()))
+    source = source._replace(test=source.train)
+    trials = records.open_run(out.workdir / "tuning", own)
+    chosen = read_tuned(dataclasses.replace(config, workdir=str(out.workdir)))
+    rows = []
+    for setting in settings:
+        planner = Planner(own, source, setting)
+        plans = {
+            name: planner.plan(name, method, values)
+            for method in own.methods
+            for name, values in _named(own, method, setting).items()
+        }
+        run_plans(planner.config, trials, source, plans, lambda *_: {})
+        for method in own.methods:
+            tried = _rows(own, method, setting, plans, trials)
+            best = _best(method, setting, tried)
+            best["chosen"] = True
+            chosen.setdefault(method, {})[str(setting.samples)] = best["values"]
+            rows += tried
+    out.write_text(FILE, json.dumps(chosen, indent=2, sort_keys=True) + "\n")
+    trials.write_summary({"config": dataclasses.asdict(own), "trials": rows})
+    table = _table(rows)
+    trials.write_text("table.md", table + "\n")
+    Console(soft_wrap=True).print(f"{table}\n\nThe choice is in {out.workdir / FILE}")
+    return chosen
+
+
+def read_tuned(config: LowDataOptions) -> Tuned:
+    """The chosen values: of the file that is named, or of the run directory.
+
+    Returns:
+      Nothing where no file is named and none has been written.
+
+    Raises:
+      ValueError: there is no such file, or it is another one.
+    """
+    path = Path(config.tuned or Path(config.workdir or ".", FILE)).expanduser()
+    if not config.tuned and not (config.workdir and path.exists()):
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected a file of chosen values, got {path} ({error}); --tune writes one"
+        ) from None
+    known = set(CONTENDERS)
+    if not isinstance(found, dict) or not set(found) <= known:
+        raise ValueError(f"expected values by method in {path}, got {found!r:.80}")
+    return found
+
+
+def values_of(tuned: Mapping[str, Mapping[str, Values]], cell: Cell) -> Values:
+    """What was chosen for a cell: for its method on its budget."""
+    return tuned.get(cell.method, {}).get(str(cell.setting.samples), {})
+
+
+def _between(low: float, high: float, place: float) -> float:
+    """At a place of a logarithmic scale, to two digits."""
+    return float(f"{low * (high / low) ** place:.2g}")
+
+
+def _named(config: LowDataOptions, method: str, setting: Setting) -> dict[str, Values]:
+    trials = draw_trials(config, method)
+    name = Cell(method, setting).name
+    return {f"{name}-trial{n}": values for n, values in enumerate(trials)}
+
+
+def _rows(
+    config: LowDataOptions,
+    method: str,
+    setting: Setting,
+    plans: Mapping[str, Plan],
+    out: records.Run,
+) -> list[dict[str, Any]]:
+    """What became of every trial of a method."""
+    rows = []
+    for name in _named(config, method, setting):
+        own = results.gather(out, name, config.tuning_seeds)
+        accuracy = [unit["accuracy"] for unit in own.values()]
+        complete = len(own) == config.tuning_seeds
+        rows.append(
+            {
+                "trial": name,
+                "values": dict(plans[name].values),
+                "accuracy": float(np.mean(accuracy)) if complete else math.nan,
+                "nll": float(np.mean([u["nll"] for u in own.values()] or [math.nan])),
+                "chosen": False,
+            }
+        )
+    return rows
+
+
+def _best(
+    method: str, setting: Setting, tried: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    complete = [row for row in tried if not math.isnan(row["accuracy"])]
+    if not complete:
+        raise ValueError(
+            f"expected a trial of {method} with {setting.samples} labels per class to "
+            "come to its end, got none; lower --tuning_rates"
+        )
+    return min(complete, key=lambda row: (-row["accuracy"], row["nll"]))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = {
+        "trial": "trial",
+        "accuracy": "validation accuracy %",
+        "nll": "NLL",
+        "values": "values",
+        "chosen": "",
+    }
+    cells = [
+        {
+            "trial": row["trial"],
+            "accuracy": f"{100 * row['accuracy']:.2f}",
+            "nll": f"{row['nll']:.3f}",
+            "values": ", ".join(f"{k} {v}" for k, v in row["values"].items()),
+            "chosen": "chosen" if row["chosen"] else "",
+        }
+        for row in rows
+    ]
+    return records.markdown_table(cells, columns)
