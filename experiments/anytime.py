@@ -170,7 +170,8 @@ def report(
         or key.partition("to_")[2] in config.methods
     }
     table = records.markdown_table([_cells(row) for row in rows], columns)
-    return results.write(config, out, {"methods": rows}, table)
+    along = {name: _along_stream(by_seed) for name, by_seed in stages.items()}
+    return results.write(config, out, {"methods": rows, "stages": along}, table)
 
 
 def measure(
@@ -225,6 +226,17 @@ def _errors_as_accuracy(
 ) -> dict[int, dict[str, Any]]:
     """What `results.difference` compares."""
     return {seed: {"accuracy": unit["mean_error"]} for seed, unit in units.items()}
+
+
+def _along_stream(
+    by_seed: Mapping[int, Sequence[Mapping[str, Any]]],
+) -> dict[str, list[float]]:
+    """Means over seeds after every stage."""
+    together = list(zip(*by_seed.values(), strict=True))
+    return {
+        key: [float(np.mean([own[key] for own in stage])) for stage in together]
+        for key in ("seen", "test_error", "density", "gap", "released_gap")
+    }
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:

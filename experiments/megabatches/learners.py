@@ -71,13 +71,18 @@ def make_learner(
     if name in ("gradual", "rigl"):
         return _single(task, _moving(name, task), own)
     alone = _single(task, Recipe(rules.fixed(dense_masks(task.params))), own)
+    left = app_densities(config, stages)
     once = [density(config.tau), *[None] * (stages - 1)]
     changes: dict[str, dict[str, Any]] = {
         "dense": {},
         "scratch": {"anew": True},
         "one_shot": {"densities": once},
-        "app": {"densities": app_densities(config, stages)},
-        "app_2022": {"densities": app_densities(config, stages)},
+        "app": {"densities": left},
+        "app_magnitude": {
+            "densities": left,
+            "config": dataclasses.replace(config, criterion="magnitude"),
+        },
+        "app_2022": {"densities": left},
         "random_matched": {
             "matches": "app_2022",
             "config": dataclasses.replace(config, criterion="random", dead="exclude"),

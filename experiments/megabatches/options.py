@@ -17,6 +17,7 @@ LearnerName = Literal[
     "scratch",
     "one_shot",
     "app",
+    "app_magnitude",
     "gradual",
     "rigl",
     "d2_sparse",
@@ -67,8 +68,9 @@ _RELEASED = {
 class StreamConfig(TaskConfig):
     """Flags of experiments on a stream."""
 
-    # What to compare. app_2022 is APP as its released code does it, and random_matched
-    # deletes random weights down to the density that app_2022 has come to.
+    # What to compare. app_magnitude is app with that criterion, app_2022 is APP as its
+    # released code does it, and random_matched deletes random weights down to the
+    # densities that app_2022 has come to.
     methods: tuple[LearnerName, ...] = ("dense", "one_shot", "app", "app_2022")
 
     samples_per_class: int = 0  # training labels of every class; 0 for all
