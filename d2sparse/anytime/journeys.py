@@ -179,10 +179,12 @@ def learn_stream(
         for epoch in range(int(journey.epoch), stage.epochs):
             stop = stage.begin + (epoch + 1) * stage.per_epoch
             state = fit(journey, stop)
-            score = validate(number, state)
+            score = jnp.float32(
+                validate(number, state)
+            )  # As it is kept, or ties differ.
             journey = journey._replace(state=state, epoch=jnp.int32(epoch + 1))
-            if score > float(journey.score):
-                journey = journey._replace(best=_copy(state), score=jnp.float32(score))
+            if score > journey.score:
+                journey = journey._replace(best=_copy(state), score=score)
         best = journey.best
         journey = journey._replace(
             state=depart(number, best, journey.state), epoch=jnp.int32(0)

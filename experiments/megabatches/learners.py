@@ -37,6 +37,8 @@ class Learner(NamedTuple):
       matches: the learner whose densities it takes, of the same seed; None for none.
       anew: whether every stage begins with a new network.
       anneals: whether the learning rate falls within a stage.
+      settled: the step from which its masks are those that were asked for. Up to it the
+        last epoch of a stage is gone on from, whose masks are the sparsest.
     """
 
     network: Network | Method
@@ -47,6 +49,7 @@ class Learner(NamedTuple):
     matches: str | None = None
     anew: bool = False
     anneals: bool = True
+    settled: int = 0
 
 
 def make_learner(
@@ -69,7 +72,8 @@ def make_learner(
         return _pair(name, task, config, samples)
     own = released(config) if name == "app_2022" else config
     if name in ("gradual", "rigl"):
-        return _single(task, _moving(name, task), own)
+        settled = last_refresh(task) + 1 if name == "gradual" else 0
+        return _single(task, _moving(name, task), own)._replace(settled=settled)
     alone = _single(task, Recipe(rules.fixed(dense_masks(task.params))), own)
     left = app_densities(config, stages)
     once = [density(config.tau), *[None] * (stages - 1)]
@@ -85,7 +89,12 @@ def make_learner(
         "app_2022": {"densities": left},
         "random_matched": {
             "matches": "app_2022",
-            "config": dataclasses.replace(config, criterion="random", dead="exclude"),
+            "config": dataclasses.replace(
+                released(config),
+                criterion="random",
+                dead="exclude",
+                score_weights="current",
+            ),
         },
     }
     return alone._replace(**changes[name])

@@ -86,8 +86,10 @@ class Walk:
     def validate(self, stage: int, state: TrainState) -> float:
         """Accuracy on what is held out; where nothing is, the last epoch wins."""
         held_out = self.timetable.visible[stage].validation
-        if self.learner.config.select == "last" or not len(held_out):
-            return float(state.step)
+        later = float(state.step) / self.timetable.steps - 1  # At most 0.
+        last = self.learner.config.select == "last" or not len(held_out)
+        if last or int(state.step) < self.learner.settled:
+            return later
         return self._accuracy(state, self._take(held_out))
 
     def depart(self, stage: int, best: TrainState, state: TrainState) -> TrainState:
