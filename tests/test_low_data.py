@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import runs
 from runs import modified, read, results, unit_files, without_time
+from simple_parsing.docstring import get_attribute_docstring
 
 from d2sparse import data, records
 from experiments import low_data, units
@@ -452,3 +453,14 @@ def test_the_units_of_a_directory_are_listed_by_method_and_seed(finished):
     run = records.open_run(finished[0], in_directory(finished[0]))
     expected = {records.Unit(f"{name}-5", seed) for name in METHODS for seed in SEEDS}
     assert set(run.units()) == expected
+
+
+def test_help_explains_every_flag():
+    done = runs.command("experiments.low_data", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    text = " ".join(done.stdout.split())
+    for field in dataclasses.fields(Config):
+        comment = get_attribute_docstring(Config, field.name).help_string
+        assert f"--{field.name}" in text
+        assert comment
+        assert " ".join(comment.split()) in text
