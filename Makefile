@@ -4,6 +4,7 @@
 #   make demo     the main experiment: coupled sparse networks on few labels
 #   make test     lint, format, types and tests
 #   make slow     the tests that take minutes
+#   make chaos    runs that are killed, stopped and damaged, some 20 minutes
 #   make bench    what sparsity costs: refreshes, steps, memory, compiling
 #   make clean    remove the environment and caches; runs are kept
 
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: env demo test slow bench clean
+.PHONY: env demo test slow chaos bench clean
 
 env: $(INSTALLED)
 
@@ -43,6 +44,9 @@ test: env
 
 slow: env
 	@$(BIN)/python -m pytest -m slow
+
+chaos: env
+	@$(BIN)/python tests/chaos --kills=60 --out=docs/chaos.md
 
 bench: env
 	@$(BIN)/python -m experiments.benchmark

@@ -56,8 +56,13 @@ def modified(paths):
 
 def command(module, *words):
     """Runs an experiment as a user does."""
+    return script("-m", module, *words)
+
+
+def script(*words):
+    """Runs Python."""
     return subprocess.run(
-        [sys.executable, "-W", "error", "-m", module, *words],
+        [sys.executable, "-W", "error", *words],
         cwd=ROOT,
         env=os.environ | {"JAX_COMPILATION_CACHE_DIR": ""},
         capture_output=True,

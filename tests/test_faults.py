@@ -208,6 +208,7 @@ def test_a_guard_changes_no_bit_of_a_finite_run(data):
         bare, bare_logs = plain(bare, data, row)
         guarded, logs = step(guarded, data, row)
         assert logs.pop("skipped") == 0
+        assert bare_logs.pop("finite")
         assert_same_bits(logs, bare_logs)
     assert_same_bits(guarded, bare)
 

@@ -2,7 +2,9 @@
 
 import doctest
 import functools
+import importlib
 import math
+import pkgutil
 from pathlib import Path
 
 import jax
@@ -11,8 +13,19 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from d2sparse.masks import dense_masks
-from experiments import scaling
-from experiments.scaling import CHECKED, CHECKED_WIDE, METHODS, Collective, Traffic
+from experiments import communication, scaling
+from experiments.communication import (
+    check,
+    collectives,
+    formulae,
+    programs,
+    sharding,
+    trees,
+)
+from experiments.communication.check import CHECKED, CHECKED_WIDE
+from experiments.communication.collectives import Collective
+from experiments.communication.formulae import Traffic
+from experiments.communication.methods import METHODS
 
 KEY = jax.random.key(0)
 # Compiling takes nearly all the time: every method and number of devices, but not all
@@ -30,16 +43,18 @@ TREES = {
     # Wide digits where the leaves compete; each on its own would have narrow ones.
     "mixed": {"a": (512, 512), "b": (16, 3)},
 }
+ROOMS = pkgutil.walk_packages(communication.__path__, "experiments.communication.")
+MODULES = ["experiments.scaling", *(room.name for room in ROOMS)]
 
 
 @functools.cache
 def compiled(model, method, devices):
-    shardings = scaling.make_shardings(TREES[model], devices)
-    return scaling.compile_refresh(METHODS[method], TREES[model], shardings)
+    shardings = sharding.make_shardings(TREES[model], devices)
+    return programs.compile_refresh(METHODS[method], TREES[model], shardings)
 
 
 def found(program):
-    return scaling.collectives(program.as_text())
+    return collectives.collectives(program.as_text())
 
 
 def normals(seed, shapes):
@@ -53,8 +68,8 @@ def normals(seed, shapes):
 @pytest.mark.parametrize(("model", "method", "devices"), CASES)
 def test_the_formula_is_what_the_compiled_program_communicates(model, method, devices):
     operations = found(compiled(model, method, devices))
-    expected = scaling.traffic(METHODS[method], TREES[model], devices)
-    assert scaling.compiled_traffic(operations) == expected
+    expected = formulae.traffic(METHODS[method], TREES[model], devices)
+    assert check.compiled_traffic(operations) == expected
     assert expected.bytes_a_pass > 0
     assert {operation.kind for operation in operations} == {"all-reduce"}
 
@@ -63,7 +78,7 @@ def test_the_formula_is_what_the_compiled_program_communicates(model, method, de
 def test_nothing_of_the_size_of_the_scores_is_communicated(method):
     wide = TREES["wide"]["a"]
     devices = {"magnitude, each leaf": 2, "magnitude, global": 4, "RigL": 8}[method]
-    histogram = scaling.histogram_bytes(scaling.WIDE, 1)
+    histogram = formulae.histogram_bytes(formulae.WIDE, 1)
     for operation in found(compiled("wide", method, devices)):
         assert max(operation.sizes) <= histogram < math.prod(wide)
 
@@ -74,12 +89,12 @@ def test_the_memory_is_within_its_formulae(model, method, devices):
     if memory is None:
         pytest.skip("this backend does not say")
     arguments = (METHODS[method], TREES[model], devices)
-    given = memory.argument_size_in_bytes - scaling.argument_bytes(*arguments)
+    given = memory.argument_size_in_bytes - formulae.argument_bytes(*arguments)
     assert 0 <= given <= 16  # A key.
-    held = scaling.local_weights(TREES[model], devices)
+    held = sharding.local_weights(TREES[model], devices)
     pointers = memory.output_size_in_bytes - held
     assert 0 <= pointers <= 8 * len(TREES[model])
-    least, most = scaling.temporary_bounds(*arguments)
+    least, most = formulae.temporary_bounds(*arguments)
     assert least <= memory.temp_size_in_bytes <= most
 
 
@@ -90,9 +105,9 @@ def test_sharded_masks_are_those_of_one_device(method):
     begin = rule.init(params, KEY) if method == "RigL" else dense_masks(params)
     expected = jax.jit(rule.update)(begin, params, grads, 0, KEY)
     live = sum(int(mask.sum()) for mask in expected.values())
-    assert 0 < live < scaling.num_weights(CHECKED) / 2
+    assert 0 < live < trees.num_weights(CHECKED) / 2
     for devices in (2, 4, 8):
-        put = scaling.make_shardings(CHECKED, devices)
+        put = sharding.make_shardings(CHECKED, devices)
         arguments = jax.device_put((begin, params, grads), (put, put, put))
         whole = NamedSharding(put["d"].mesh, PartitionSpec())
         key = jax.device_put(KEY, whole)
@@ -105,23 +120,23 @@ def test_sharded_masks_are_those_of_one_device(method):
 
 def test_replicated_leaves_communicate_nothing():
     shapes = {"a": (8, 6)}
-    mesh = scaling.make_shardings(shapes, 8)["a"].mesh
+    mesh = sharding.make_shardings(shapes, 8)["a"].mesh
     replicated = {"a": NamedSharding(mesh, PartitionSpec())}
-    assert found(scaling.compile_refresh(METHODS["RigL"], shapes, replicated)) == []
-    assert scaling.traffic(METHODS["RigL"], {"a": (7, 5)}, 8) == Traffic(0, 0, 0, 0)
+    assert found(programs.compile_refresh(METHODS["RigL"], shapes, replicated)) == []
+    assert formulae.traffic(METHODS["RigL"], {"a": (7, 5)}, 8) == Traffic(0, 0, 0, 0)
 
 
 def test_runs_on_devices_of_their_own_send_a_byte_a_check():
-    program = scaling.compile_runs(METHODS["magnitude, global"], {"a": (8, 6)}, 4)
+    program = programs.compile_runs(METHODS["magnitude, global"], {"a": (8, 6)}, 4)
     assert found(program) == [Collective("all-reduce", (1,), in_search=True)]
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_sorting_gathers_what_the_formula_says(devices):
-    shardings = scaling.make_shardings(CHECKED, devices)
-    gathers = found(scaling.compile_sort(CHECKED, shardings))
+    shardings = sharding.make_shardings(CHECKED, devices)
+    gathers = found(programs.compile_sort(CHECKED, shardings))
     assert {operation.kind for operation in gathers} == {"all-gather"}
-    scores = scaling.gathered_bytes(METHODS["magnitude, global"], CHECKED, devices)
+    scores = formulae.gathered_bytes(METHODS["magnitude, global"], CHECKED, devices)
     assert sum(sum(operation.sizes) for operation in gathers) == scores
 
 
@@ -156,7 +171,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   ROOT %g = f32[8]{0} all-gather(%x), dimensions={0}
 }
 """
-    assert scaling.collectives(text) == [
+    assert collectives.collectives(text) == [
         *3 * [Collective("all-reduce", (16, 1), in_search=False)],
         Collective("all-reduce", (1,), in_search=True),
         Collective("collective-permute", (12,), in_search=False),
@@ -167,17 +182,19 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 # Trees and tables
 
 
-def test_examples_of_the_docstrings():
-    assert doctest.testmod(scaling).failed == 0
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_the_docstrings(name):
+    module = importlib.import_module(name)
+    assert doctest.testmod(module, extraglobs={"METHODS": METHODS}).failed == 0
 
 
 def test_the_trees_have_the_weights_of_the_published_networks():
-    vit, llama = scaling.vit_l(), scaling.llama_7b()
+    vit, llama = trees.vit_l(), trees.llama_7b()
     dense = 24 * (9216 + 4 * 1024) + 2 * 1024 + (197 + 1) * 1024 + 1024 + 1000
-    assert scaling.num_weights(vit) + dense == 304_326_632
-    assert scaling.num_weights(llama) + 65 * 4096 == 6_738_415_616
+    assert trees.num_weights(vit) + dense == 304_326_632
+    assert trees.num_weights(llama) + 65 * 4096 == 6_738_415_616
     norms_and_bias = 2 * 26_560 + 1000
-    assert scaling.num_weights(scaling.resnet50()) + norms_and_bias == 25_557_032
+    assert trees.num_weights(trees.resnet50()) + norms_and_bias == 25_557_032
 
 
 def test_the_tables_of_the_documentation_are_those_of_the_command(capsys):
@@ -190,8 +207,8 @@ def test_the_tables_of_the_documentation_are_those_of_the_command(capsys):
 
 
 def test_a_budget_of_too_many_weights_is_refused_in_the_table():
-    trees = {"7 B": scaling.llama_7b()}
-    rows = {row["what"]: row for row in scaling.bytes_table(trees).rows}
+    table = scaling.bytes_table({"7 B": trees.llama_7b()})
+    rows = {row["what"]: row for row in table.rows}
     assert rows["magnitude, global"]["most"] == "refused"
     rule, key = METHODS["magnitude, global"].rule, jax.eval_shape(lambda: KEY)
     leaf = jax.ShapeDtypeStruct((2**16, 2**15), np.float32)

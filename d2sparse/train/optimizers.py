@@ -39,6 +39,7 @@ def make_optimizer(
     Raises:
       ValueError: unknown name.
 
+    >>> import jax, jax.numpy as jnp
     >>> tx = make_optimizer("sgd", 0.1, weight_decay=0.5, momentum=0.0)
     >>> params = {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}
     >>> updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params),
