@@ -48,8 +48,10 @@ def run(config: Config) -> dict[str, Any]:
     """
     check_low_data(config)
     source = data.load(config.dataset, config.data_dir)
-    tuned = tuning.read_tuned(config) if not config.tune else {}
-    planned = []
+    workdir = config.workdir or default_workdir("low_data", config)
+    if config.tune:
+        return tuning.tune(config, source, workdir)
+    tuned, planned = tuning.read_tuned(workdir, config.tuned), []
     for setting in list_settings(config):
         planner = Planner(config, source, setting)
         cells = [Cell(method, setting) for method in config.methods]
@@ -58,11 +60,7 @@ def run(config: Config) -> dict[str, Any]:
             for cell in cells
         }
         planned.append((planner, plans))
-    out = records.open_run(
-        config.workdir or default_workdir("low_data", config), config
-    )
-    if config.tune:
-        return tuning.tune(config, source, out)
+    out = records.open_run(workdir, config)
 
     def conclude(job: units.Job, state: TrainState, plan: Plan) -> dict[str, Any]:
         found = look_closer(plan.variant.method, state, job.splits.judge, config)

@@ -281,3 +281,23 @@ def test_counts_beyond_the_integers_of_float32():
     np.testing.assert_allclose(live, 2049 / 4097, rtol=1e-7)
     assert metrics.mask_overlap(masks, everything) == 1
     np.testing.assert_allclose(metrics.chance_overlap(masks, everything), 1, rtol=2e-7)
+
+
+def test_calibration_is_the_sums_over_the_bins_of_the_error():
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.ones(3), size=400).astype(np.float32)
+    labels = rng.integers(3, size=400)
+    bins = metrics.calibration(jnp.asarray(probabilities), jnp.asarray(labels), bins=7)
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    for number in range(7):
+        low, high = number / 7, (number + 1) / 7
+        inside = (confidence > low) & (confidence <= high)
+        assert bins["count"][number] == inside.sum()
+        assert bins["correct"][number] == correct[inside].sum()
+        np.testing.assert_allclose(
+            bins["confidence"][number], confidence[inside].sum(), rtol=1e-5
+        )
+    gaps = np.abs(bins["correct"] - bins["confidence"]).sum() / 400
+    error = metrics.ece(jnp.asarray(probabilities), jnp.asarray(labels), bins=7)
+    np.testing.assert_allclose(gaps, error, rtol=1e-5)

@@ -449,3 +449,122 @@ def test_masks_are_matrices_of_one_shape(shapes):
     fast, slow = (np.ones(shape, bool) for shape in shapes)
     with pytest.raises(ValueError, match="two matrices of one shape, got shapes"):
         plots.mask_pair(fast, slow, [0], [1.0], 0.5)
+
+
+# Ranks
+
+
+def random_scores(methods=5, comparisons=12, gap=0.3):
+    rng = np.random.default_rng(0)
+    return {
+        f"method{i}": rng.normal(gap * i, 1, comparisons).tolist()
+        for i in range(methods)
+    }
+
+
+def test_mean_ranks_are_those_of_a_loop():
+    scores = np.round(np.transpose(list(random_scores().values())), 0)  # With ties.
+    expected = [
+        np.mean(
+            [
+                1 + np.sum(row > row[m]) + (np.sum(row == row[m]) - 1) / 2
+                for row in scores
+            ]
+        )
+        for m in range(scores.shape[1])
+    ]
+    np.testing.assert_allclose(plots.average_ranks(scores.tolist()), expected)
+
+
+@pytest.mark.parametrize(
+    ("methods", "quantile"),
+    [(2, 1.960), (5, 2.728), (10, 3.164)],  # Demsar (2006), table 5.
+)
+def test_the_critical_difference_is_that_of_the_table(methods, quantile):
+    expected = quantile * math.sqrt(methods * (methods + 1) / (6 * 20))
+    actual = plots.critical_difference(methods, 20)
+    assert actual == pytest.approx(expected, rel=1e-3)
+
+
+def test_bars_join_what_lies_within_the_critical_difference():
+    scores = random_scores(gap=0.8)
+    (axes,) = plots.rank_diagram(scores).axes
+    ranks = np.sort(plots.average_ranks(np.transpose(list(scores.values())).tolist()))
+    apart = plots.critical_difference(5, 12)
+    bars = [line.get_xdata() for line in axes.get_lines() if line.get_linewidth() == 3]
+    joined = {
+        (i, j)
+        for first, last in bars
+        for i, j in itertools.combinations(range(5), 2)
+        if first <= ranks[i] and ranks[j] <= last
+    }
+    close = {
+        (i, j)
+        for i, j in itertools.combinations(range(5), 2)
+        if ranks[j] - ranks[i] < apart
+    }
+    assert joined == close
+    assert 0 < len(close) < 10
+
+
+@pytest.mark.parametrize("methods", [2, 5, 28])
+def test_every_method_is_named_with_its_rank(methods):
+    scores = random_scores(methods)
+    (axes,) = plots.rank_diagram(scores).axes
+    ranks = plots.average_ranks(np.transpose(list(scores.values())).tolist())
+    boxes = names(axes)
+    for name, rank in zip(scores, ranks, strict=True):
+        assert {f"{name}  {rank:.2f}", f"{rank:.2f}  {name}"} & set(boxes)
+    assert not overlapping(boxes.values())
+
+
+def test_methods_that_cannot_be_compared_are_refused():
+    with pytest.raises(ValueError, match="at least two methods with as many"):
+        plots.rank_diagram({"rigl": [0.5]})
+    with pytest.raises(ValueError, match="at least two methods with as many"):
+        plots.rank_diagram({"rigl": [0.5], "dense": [0.5, 0.6]})
+    with pytest.raises(ValueError, match=r"finite scores of shape \(comparisons, meth"):
+        plots.average_ranks([[0.5, math.nan]])
+    with pytest.raises(ValueError, match="at least 2 methods, 1 comparison and alpha"):
+        plots.critical_difference(1, 5)
+
+
+# Calibration
+
+
+def own_bins():
+    return {
+        "count": [0, 10, 20, 40],
+        "confidence": [0, 4.0, 13.0, 36.0],
+        "correct": [0, 5, 10, 30],
+    }
+
+
+def test_a_bar_is_the_accuracy_of_a_bin_and_a_dot_its_confidence():
+    (axes,) = plots.reliability_diagram({"rigl": own_bins()}).axes
+    heights = [patch.get_height() for patch in axes.patches]
+    np.testing.assert_allclose(heights, [0.5, 0.5, 0.75])
+    np.testing.assert_allclose([p.get_x() for p in axes.patches], [0.25, 0.5, 0.75])
+    *_, dots = axes.get_lines()
+    np.testing.assert_allclose(dots.get_xdata(), [0.4, 0.65, 0.9])
+    np.testing.assert_allclose(dots.get_ydata(), heights)
+    alphas = [patch.get_alpha() for patch in axes.patches]
+    assert alphas == sorted(alphas)
+    assert axes.get_title(loc="left") == f"rigl, ECE {100 * (1 + 3 + 6) / 70:.1f}%"
+
+
+@pytest.mark.parametrize("methods", [1, 4, 6])
+def test_every_method_has_a_panel(methods):
+    bins = {f"method{i}": own_bins() for i in range(methods)}
+    figure = plots.reliability_diagram(bins)
+    shown = [axes for axes in figure.axes if axes.axison]
+    assert [axes.get_title(loc="left").split(",")[0] for axes in shown] == list(bins)
+    assert rendered(figure).startswith(b"\x89PNG")
+
+
+def test_bins_without_examples_are_refused():
+    with pytest.raises(ValueError, match="bins of at least one method, got none"):
+        plots.reliability_diagram({})
+    empty = {key: [0, 0] for key in own_bins()}
+    with pytest.raises(ValueError, match=r"expected examples .*none of \['rigl'\]"):
+        plots.reliability_diagram({"rigl": empty})

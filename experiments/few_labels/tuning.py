@@ -64,7 +64,7 @@ def draw_trials(config: LowDataOptions, method: str) -> list[Values]:
     return trials
 
 
-def tune(config: LowDataOptions, source: data.Source, out: records.Run) -> Tuned:
+def tune(config: LowDataOptions, source: data.Source, workdir: str) -> Tuned:
     """Runs the trials that are missing, and writes what they say.
 
     Trials are a run directory of their own, `tuning`, in that of the benchmark.
@@ -72,7 +72,7 @@ def tune(config: LowDataOptions, source: data.Source, out: records.Run) -> Tuned
     Args:
       config: the flags.
       source: the data set; its test set is not read.
-      out: the run directory of the benchmark.
+      workdir: the run directory of the benchmark.
 
     Returns:
       The chosen values, with those of earlier calls for other methods and budgets.
@@ -80,30 +80,31 @@ def tune(config: LowDataOptions, source: data.Source, out: records.Run) -> Tuned
     Raises:
       ValueError: a flag is out of its range, or all trials of a method have failed.
     """
+    fraction = config.validation_fraction or _PART
     own = dataclasses.replace(
         config,
-        validation_fraction=config.validation_fraction or _PART,
+        validation_fraction=fraction,
         seeds=config.tuning_seeds,
+        # Wrong labels and long tails are learned with the values of their budget.
+        label_noises=(),
+        imbalances=(),
     )
-    # Wrong labels and long tails are learned with the values of their budget.
-    settings = list_settings(dataclasses.replace(own, label_noises=(), imbalances=()))
-    source = source._replace(test=source.train)
+    planned = [_plan(own, source, setting) for setting in list_settings(own)]
+    # The directory is that of the runs that follow, which validate on nothing.
+    out = records.open_run(
+        workdir, dataclasses.replace(config, validation_fraction=0.0)
+    )
     trials = records.open_run(out.workdir / "tuning", own)
-    chosen = read_tuned(dataclasses.replace(config, workdir=str(out.workdir)))
+    chosen = read_tuned(workdir)
     rows = []
-    for setting in settings:
-        planner = Planner(own, source, setting)
-        plans = {
-            name: planner.plan(name, method, values)
-            for method in own.methods
-            for name, values in _named(own, method, setting).items()
-        }
+    for planner, plans in planned:
         run_plans(planner.config, trials, source, plans, lambda *_: {})
         for method in own.methods:
-            tried = _rows(own, method, setting, plans, trials)
-            best = _best(method, setting, tried)
+            setting = Setting(planner.config.samples_per_class)
+            tried = _rows(own, Cell(method, setting), plans, trials)
+            best = _best(Cell(method, setting), tried)
             best["chosen"] = True
-            chosen.setdefault(method, {})[str(setting.samples)] = best["values"]
+            chosen.setdefault(method, {})[setting.name] = best["values"]
             rows += tried
     out.write_text(FILE, json.dumps(chosen, indent=2, sort_keys=True) + "\n")
     trials.write_summary({"config": dataclasses.asdict(own), "trials": rows})
@@ -113,8 +114,12 @@ def tune(config: LowDataOptions, source: data.Source, out: records.Run) -> Tuned
     return chosen
 
 
-def read_tuned(config: LowDataOptions) -> Tuned:
+def read_tuned(workdir: str, named: str = "") -> Tuned:
     """The chosen values: of the file that is named, or of the run directory.
+
+    Args:
+      workdir: the run directory.
+      named: a file, or nothing.
 
     Returns:
       Nothing where no file is named and none has been written.
@@ -122,8 +127,8 @@ def read_tuned(config: LowDataOptions) -> Tuned:
     Raises:
       ValueError: there is no such file, or it is another one.
     """
-    path = Path(config.tuned or Path(config.workdir or ".", FILE)).expanduser()
-    if not config.tuned and not (config.workdir and path.exists()):
+    path = Path(named or Path(workdir, FILE)).expanduser()
+    if not named and not path.exists():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -147,45 +152,47 @@ def _between(low: float, high: float, place: float) -> float:
     return float(f"{low * (high / low) ** place:.2g}")
 
 
-def _named(config: LowDataOptions, method: str, setting: Setting) -> dict[str, Values]:
-    trials = draw_trials(config, method)
-    name = Cell(method, setting).name
-    return {f"{name}-trial{n}": values for n, values in enumerate(trials)}
+def _plan(
+    config: LowDataOptions, source: data.Source, setting: Setting
+) -> tuple[Planner, dict[str, Plan]]:
+    """Every trial of every method on a budget, by the name of its units."""
+    planner = Planner(config, source, setting)
+    plans = {
+        name: planner.plan(name, method, values)
+        for method in config.methods
+        for name, values in _named(config, Cell(method, setting)).items()
+    }
+    return planner, plans
+
+
+def _named(config: LowDataOptions, cell: Cell) -> dict[str, Values]:
+    trials = draw_trials(config, cell.method)
+    return {f"{cell.name}-trial{n}": values for n, values in enumerate(trials)}
 
 
 def _rows(
-    config: LowDataOptions,
-    method: str,
-    setting: Setting,
-    plans: Mapping[str, Plan],
-    out: records.Run,
+    config: LowDataOptions, cell: Cell, plans: Mapping[str, Plan], out: records.Run
 ) -> list[dict[str, Any]]:
     """What became of every trial of a method."""
     rows = []
-    for name in _named(config, method, setting):
-        own = results.gather(out, name, config.tuning_seeds)
-        accuracy = [unit["accuracy"] for unit in own.values()]
+    for name in _named(config, cell):
+        own = results.gather(out, name, config.tuning_seeds).values()
         complete = len(own) == config.tuning_seeds
-        rows.append(
-            {
-                "trial": name,
-                "values": dict(plans[name].values),
-                "accuracy": float(np.mean(accuracy)) if complete else math.nan,
-                "nll": float(np.mean([u["nll"] for u in own.values()] or [math.nan])),
-                "chosen": False,
-            }
-        )
+        means = {
+            key: float(np.mean([unit[key] for unit in own])) if complete else math.nan
+            for key in ("accuracy", "nll")
+        }
+        values = dict(plans[name].values)
+        rows.append({"trial": name, "values": values, **means, "chosen": False})
     return rows
 
 
-def _best(
-    method: str, setting: Setting, tried: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def _best(cell: Cell, tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
     complete = [row for row in tried if not math.isnan(row["accuracy"])]
     if not complete:
         raise ValueError(
-            f"expected a trial of {method} with {setting.samples} labels per class to "
-            "come to its end, got none; lower --tuning_rates"
+            f"expected a trial of {cell.name} to come to its end, got none; lower "
+            "--tuning_rates"
         )
     return min(complete, key=lambda row: (-row["accuracy"], row["nll"]))
 
