@@ -54,6 +54,33 @@ SCENARIOS = [
         "experiments.lottery",
         [*TINY, "--seeds=1", "--rounds=2"],
     ),
+    Scenario(
+        "anytime: app_2022, d2_consolidated",
+        "experiments.anytime",
+        [
+            "--width=0.1",
+            "--samples_per_class=6",
+            "--batch_size=8",
+            "--megabatches=2",
+            "--epochs=2",
+            "--refresh_interval=2",
+            "--report_every=4",
+            "--checkpoint_every=3",
+            "--noprogress",
+            "--seeds=1",
+            "--methods=app_2022,d2_consolidated",
+        ],
+    ),
+    Scenario(
+        "low_data: self_distilled, free_tickets, d2_distilled",
+        "experiments.low_data",
+        [
+            *(word for word in TINY if "samples" not in word or "growth" in word),
+            "--budgets=2",
+            "--seeds=1",
+            "--methods=self_distilled,free_tickets,d2_distilled",
+        ],
+    ),
 ]
 
 
