@@ -48,11 +48,11 @@ from experiments.task import (
 _COLUMNS = {
     "method": "method",
     "mean_error": "mean error %",
-    "error_to_dense": "minus dense",
-    "error_to_one_shot": "minus one-shot",
+    "error_to_dense": "error minus dense",
+    "error_to_one_shot": "error minus one-shot",
     "accuracy": "final accuracy %",
-    "to_dense": "minus dense ",
-    "to_one_shot": "minus one-shot ",
+    "to_dense": "accuracy minus dense",
+    "to_one_shot": "accuracy minus one-shot",
     "gap": "gap %",
     "density": "final density %",
     "nonzeros": "non-zeros",
@@ -162,7 +162,6 @@ def report(
         for name, by_seed in stages.items()
     }
     rows = [_row(name, found, task) for name in found]
-    _draw(config, stages, out)
     columns = {
         key: title
         for key, title in _COLUMNS.items()
@@ -171,7 +170,9 @@ def report(
     }
     table = records.markdown_table([_cells(row) for row in rows], columns)
     along = {name: _along_stream(by_seed) for name, by_seed in stages.items()}
-    return results.write(config, out, {"methods": rows, "stages": along}, table)
+    summary = results.write(config, out, {"methods": rows, "stages": along}, table)
+    _draw(config, stages, out)
+    return summary
 
 
 def measure(

@@ -20,7 +20,8 @@ def make_predict(model: Model, batch_size: int = 512) -> Callable[..., np.ndarra
 
     Args:
       model: the network.
-      batch_size: examples per forward pass; the last pass is filled up.
+      batch_size: examples per forward pass, at most; the last pass is filled up, and
+        smaller sets to a power of two, so that sets that grow compile a few programs.
 
     Returns:
       `(params, model_state, data) -> float[n, classes]`, on the host.
@@ -33,7 +34,7 @@ def make_predict(model: Model, batch_size: int = 512) -> Callable[..., np.ndarra
 
     def predict(params: PyTree, model_state: PyTree, data: Data) -> np.ndarray:
         size = len(data.labels)
-        width = min(batch_size, size)
+        width = min(batch_size, 1 << (size - 1).bit_length())
         passes = -(-size // width)
         rows = np.arange(passes * width).reshape(passes, width) % size
         outputs = [
