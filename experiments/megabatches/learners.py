@@ -37,8 +37,9 @@ class Learner(NamedTuple):
       matches: the learner whose densities it takes, of the same seed; None for none.
       anew: whether every stage begins with a new network.
       anneals: whether the learning rate falls within a stage.
-      settled: the step from which its masks are those that were asked for. Up to it the
-        last epoch of a stage is gone on from, whose masks are the sparsest.
+      prunes_within: whether masks lose weights within a stage. What is gone on from are
+        the weights of its best epoch under its last masks: those of the epoch may be
+        denser than they were asked to be by then.
     """
 
     network: Network | Method
@@ -49,7 +50,7 @@ class Learner(NamedTuple):
     matches: str | None = None
     anew: bool = False
     anneals: bool = True
-    settled: int = 0
+    prunes_within: bool = False
 
 
 def make_learner(
@@ -72,8 +73,8 @@ def make_learner(
         return _pair(name, task, config, samples)
     own = released(config) if name == "app_2022" else config
     if name in ("gradual", "rigl"):
-        settled = last_refresh(task) + 1 if name == "gradual" else 0
-        return _single(task, _moving(name, task), own)._replace(settled=settled)
+        moving = _single(task, _moving(name, task), own)
+        return moving._replace(prunes_within=name == "gradual")
     alone = _single(task, Recipe(rules.fixed(dense_masks(task.params))), own)
     left = app_densities(config, stages)
     once = [density(config.tau), *[None] * (stages - 1)]

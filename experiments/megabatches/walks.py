@@ -86,14 +86,14 @@ class Walk:
     def validate(self, stage: int, state: TrainState) -> float:
         """Accuracy on what is held out; where nothing is, the last epoch wins."""
         held_out = self.timetable.visible[stage].validation
-        later = float(state.step) / self.timetable.steps - 1  # At most 0.
-        last = self.learner.config.select == "last" or not len(held_out)
-        if last or int(state.step) < self.learner.settled:
-            return later
+        if self.learner.config.select == "last" or not len(held_out):
+            return float(state.step)
         return self._accuracy(state, self._take(held_out))
 
     def depart(self, stage: int, best: TrainState, state: TrainState) -> TrainState:
         """Measures the stage, and prepares the next."""
+        if self.learner.prunes_within:
+            best = _under(get_masks(state.opt_state), best)
         self.session.ledger.rounds.append(self._measured(stage, best))
         fresh = None if self.learner.config.carry_moments else self.fresh
         return anytime.go_on_from(best, state, fresh)
@@ -133,10 +133,7 @@ class Walk:
             found.iterations,
             score_key,
         )
-        return state._replace(
-            params=apply_masks(state.params, masks),
-            opt_state=set_masks(state.opt_state, masks),
-        )
+        return _under(masks, state)
 
     def _sample(self, stage: int) -> Data:
         """The examples that are scored on."""
@@ -186,6 +183,14 @@ def layer_densities(task: Task, masks: list[PyTree]) -> Mapping[str, tuple[int, 
         path: (sum(int(own[path].sum()) for own in picked), leaf.size)
         for path, leaf in kernels.items()
     }
+
+
+def _under(masks: PyTree, state: TrainState) -> TrainState:
+    """The state of one network, masked."""
+    return state._replace(
+        params=apply_masks(state.params, masks),
+        opt_state=set_masks(state.opt_state, masks),
+    )
 
 
 def walk_unit(
