@@ -21,6 +21,7 @@ from rich.progress import (
 from d2sparse import data, metrics, records, train
 from d2sparse.train import Data, TrainState
 from experiments import processes, signals
+from experiments.finite import check_finite
 from experiments.session import Interrupted, Session
 from experiments.singles import Method
 from experiments.task import Splits, TaskConfig, draw_splits
@@ -213,10 +214,14 @@ def _train(
             out.fail(job.unit, failure or train.failure(states[number]))
             continue
         state = states[number]
-        found = judge(method, state, job.splits) | {
-            "training_macs": session.ledger.spent,
-            "seconds": session.seconds / len(jobs),
-        }
+        try:
+            found = judge(method, state, job.splits) | {
+                "training_macs": session.ledger.spent,
+                "seconds": session.seconds / len(jobs),
+            }
+        except FloatingPointError as error:
+            out.fail(job.unit, str(error))
+            continue
         out.finish(job.unit, found | dict(conclude(job, state)))
 
 
@@ -240,8 +245,14 @@ def open_session(
 
 
 def judge(method: Judged, state: TrainState, splits: Splits) -> dict[str, float]:
-    """What the table says of a trained state: its quality, its size, its cost."""
+    """What the table says of a trained state: its quality, its size, its cost.
+
+    Raises:
+      FloatingPointError: it predicts what is not finite, such as after updates that
+        were large, or were skipped.
+    """
     outputs = method.predict(state, splits.judge)
+    check_finite(outputs, "predictions", state)
     stored, inference_macs = method.costs(state, splits.train)
     return {
         **train.evaluate(_headline(outputs), np.asarray(splits.judge.labels)),

@@ -822,3 +822,22 @@ def test_the_figure_stands_at_the_sparsity_that_is_there(zoo, tmp_path, monkeypa
     assert (row["sparsity"], row["asked"]) == (0.5, 0.75)
     (cells,) = runs.table_rows(tmp_path / "run")
     assert cells["sparsity %"] == "50"
+
+
+def test_skipped_updates_do_not_hide_a_network_that_has_diverged(tmp_path):
+    config = dataclasses.replace(
+        TINY,
+        rules=("dense", "wanda"),
+        learning_rates=(0.1, 1e38),
+        on_nonfinite="skip",
+        workdir=str(tmp_path / "run"),
+    )
+    failed = prune.run(config)["failed"]
+    assert list(failed) == ["dense-lr1e+38-seed0", "wanda-0.75-lr1e+38-seed0"]
+    for what, why in zip(("predictions", "activations"), failed.values(), strict=True):
+        assert re.match(rf"its {what} are not finite after \d+ skipped updates", why)
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert all(f"{name} failed and is not counted" in table for name in failed)
+    rows = [line.split("|") for line in table.splitlines() if ", lr " in line]
+    accuracies = [cells[3].strip() for cells in rows]
+    assert [text == "failed" for text in accuracies] == [False, True] * 2
