@@ -216,12 +216,13 @@ def report(
         if dense in finished and point.rule != "dense":
             row |= results.difference("to_dense", own, finished[dense])
         rows.append(row)
-    _draw_curves(points, out)
-    _draw_sparsities(config, rows, out)
     columns = dict(_COLUMNS)
     if "dense" not in config.rules:
         del columns["to_dense"]
-    return results.publish(config, out, "points", rows, columns, "deviation")
+    summary = results.publish(config, out, "points", rows, columns, "deviation")
+    _draw_curves(points, out)
+    _draw_sparsities(config, rows, out)
+    return summary
 
 
 def _draw_curves(points: list[Point], out: records.Run) -> None:
@@ -243,7 +244,7 @@ def _draw_sparsities(
     config: Config, rows: list[dict[str, Any]], out: records.Run
 ) -> None:
     label = f"{results.judged(config)} accuracy"
-    rows = results.measured(rows)
+    rows = results.with_weights(results.measured(rows))
     of_dense = [row["method"].startswith("dense") for row in rows]
     sparse = [row for row, is_dense in zip(rows, of_dense, strict=True) if not is_dense]
     dense = next(itertools.compress(rows, of_dense), None)

@@ -841,3 +841,23 @@ def test_skipped_updates_do_not_hide_a_network_that_has_diverged(tmp_path):
     rows = [line.split("|") for line in table.splitlines() if ", lr " in line]
     accuracies = [cells[3].strip() for cells in rows]
     assert [text == "failed" for text in accuracies] == [False, True] * 2
+
+
+@pytest.mark.usefixtures("no_training")
+def test_networks_without_weights_are_in_the_table_and_not_in_the_figure(
+    swept, tmp_path, monkeypatch
+):
+    emptied, drawn = shutil.copytree(swept[0], tmp_path / "run"), []
+    for seed in SEEDS:
+        path = unit_files(emptied)[f"static-0.75-seed{seed}"]
+        path.write_text(json.dumps(read(path) | {"sparsity": 1.0}))
+    draw = prune.plots.accuracy_against_sparsity
+    monkeypatch.setattr(
+        prune.plots,
+        "accuracy_against_sparsity",
+        lambda rows, *given: drawn.extend(rows) or draw(rows, *given),
+    )
+    prune.run(dataclasses.replace(SWEEP, workdir=str(emptied)))
+    assert [row["asked"] for row in drawn] == [0.5]
+    cells = [row["sparsity %"] for row in runs.table_rows(emptied)]
+    assert cells[-1] == "100"
