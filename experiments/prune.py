@@ -32,6 +32,7 @@ from experiments.task import (
     make_prunable,
     make_task,
 )
+from experiments.variants import exact
 
 _COLUMNS = {
     "method": "rule",
@@ -76,15 +77,15 @@ class Point:
     @property
     def name(self) -> str:
         """The name of its units, such as "rigl-0.9"."""
-        sparsity = "" if self.sparsity is None else f"-{self.sparsity:g}"
-        rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
+        sparsity = "" if self.sparsity is None else f"-{exact(self.sparsity)}"
+        rate = "" if self.learning_rate is None else f"-lr{exact(self.learning_rate)}"
         return f"{self.rule}{sparsity}{rate}"
 
     @property
     def label(self) -> str:
         """The rule, and its learning rate where several are compared."""
         rate = self.learning_rate
-        return self.rule if rate is None else f"{self.rule}, lr {rate:g}"
+        return self.rule if rate is None else f"{self.rule}, lr {exact(rate)}"
 
     @property
     def settings(self) -> dict[str, float]:
@@ -236,7 +237,7 @@ def _draw_curves(points: list[Point], out: records.Run) -> None:
             if (point := by_name[line["method"]]).sparsity in (None, sparsity)
         ]
         curves = plots.learning_curves(own, *key, percent=True)
-        end = "" if sparsity is None else f"-{sparsity:g}"
+        end = "" if sparsity is None else f"-{exact(sparsity)}"
         out.save_figure(f"learning_curves{end}", curves)
 
 

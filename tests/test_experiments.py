@@ -15,6 +15,7 @@ from simple_parsing.docstring import get_attribute_docstring
 from d2sparse import data, plots, records
 from experiments import d2_sparse, low_data, units
 from experiments.d2_sparse import Config
+from experiments.few_labels.cells import Cell, Setting, parse_cell
 from experiments.methods import METHODS
 
 TFDS = Path(os.environ.get("TFDS_DATA_DIR") or runs.ROOT.parent / "shared" / "tfds")
@@ -474,3 +475,10 @@ def test_nor_does_it_in_the_benchmark_of_low_data(figure, tmp_path, monkeypatch)
         "static",
         "dense",
     }
+
+
+def test_cells_of_almost_the_same_noise_have_names_of_their_own():
+    cells = [Cell("rigl", Setting(50, noise)) for noise in (0.2, 0.1234567, 0.12345678)]
+    assert cells[0].name == "rigl-50-noise0.2"
+    assert [parse_cell(cell.name) for cell in cells] == cells
+    assert len({cell.setting.title for cell in cells}) == 3

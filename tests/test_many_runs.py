@@ -191,6 +191,9 @@ def test_names_of_variants():
     lists = {"learning_rate": (0.1, 0.2), "coupling": (1.0,)}
     assert list(variants({"dense": method}, lists)) == ["dense-lr0.1", "dense-lr0.2"]
     assert list(variants({"dense": method}, {"learning_rate": ()})) == ["dense"]
+    close = {"learning_rate": (0.1234567, 0.123456789, 2.0)}
+    names = ["dense-lr0.1234567", "dense-lr0.123456789", "dense-lr2"]
+    assert list(variants({"dense": method}, close)) == names
 
 
 def small_run(name, shape, monkeypatch):

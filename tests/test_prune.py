@@ -709,6 +709,19 @@ def test_every_point_is_run_once_and_in_order():
     assert [point.name for point in points] == ["rigl-0.5", "rigl-0.9", "dense"]
 
 
+def test_points_that_differ_in_the_seventh_digit_have_names_of_their_own():
+    config = dataclasses.replace(
+        TINY,
+        rules=("rigl",),
+        sparsities=(0.123456789, 0.1234567),
+        learning_rates=(0.01234567, 0.01234568),
+    )
+    points = prune.list_points(config)
+    assert points[0].name == "rigl-0.1234567-lr0.01234567"
+    assert len({point.name for point in points}) == len(points) == 4
+    assert len({point.label for point in points}) == 2
+
+
 def test_without_a_dense_network_nothing_is_compared_to_it(tmp_path):
     config = dataclasses.replace(
         TINY, rules=("static",), validation_fraction=0.3, workdir=str(tmp_path / "run")
