@@ -24,7 +24,7 @@ from experiments import processes, signals
 from experiments.finite import check_finite
 from experiments.session import Interrupted, Session
 from experiments.singles import Method
-from experiments.task import Splits, TaskConfig, draw_splits
+from experiments.task import Splits, TaskConfig, draw_splits, run_width
 from experiments.variants import Variant
 
 _SHARE = 0.8  # Part of the memory that runs may take.
@@ -168,7 +168,7 @@ def learn(
     while jobs:
         members = [begin(jobs[0])]
         if len(jobs) > 1:
-            size = _how_many(config, method, *members[0])
+            size = _how_many(config, method, *members[0], len(jobs))
         members += [begin(job) for job in jobs[1:size]]
         jobs = jobs[size:]
         # One that had to go back to an earlier checkpoint is behind the others.
@@ -177,9 +177,17 @@ def learn(
 
 
 def _how_many(
-    config: TaskConfig, method: Method, job: Job, session: Session, begun: Any
+    config: TaskConfig,
+    method: Method,
+    job: Job,
+    session: Session,
+    begun: Any,
+    left: int,
 ) -> int:
-    """How many runs of a method are trained at once."""
+    """How many of the runs that are left of a method are trained at once.
+
+    Where there are more runs than devices to share them out, every device has as many.
+    """
     del session
     if method.run is None:
         return 1
@@ -188,9 +196,11 @@ def _how_many(
     need = train.estimate_memory(
         method.run, method.state(begun), job.splits.train, config.batch_size
     )
-    devices = jax.local_devices()
-    room = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    return max(int(min(_SHARE * room * len(devices) / need, _MOST)), 1)
+    room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    width = run_width(config)
+    each = max(int(min(_SHARE * room / need, _MOST / width)), 1)
+    size = min(each * width, left)
+    return size - size % width if size > width else size
 
 
 def _train(
