@@ -120,13 +120,14 @@ def report(
         if rigl in finished:
             own = finished[row["method"]]
             row |= results.difference("to_rigl", own, finished[rigl])
+    summary = results.publish(config, out, "methods", rows, _COLUMNS)
     lines = records.read_metrics(out.workdir)
     curves = plots.learning_curves(lines, *results.curve_key(lines), percent=True)
     out.save_figure("learning_curves", curves)
     measured = results.measured(rows)
     cost = plots.accuracy_against_cost(measured, f"{results.judged(config)} accuracy")
     out.save_figure("accuracy_against_cost", cost)
-    return results.publish(config, out, "methods", rows, _COLUMNS)
+    return summary
 
 
 def _rigl_beside(own: Variant, plans: Mapping[str, Variant]) -> str | None:

@@ -209,11 +209,12 @@ def report(
                 control = _round(out, "random", config.seeds, number)
                 row |= results.difference("to_random", own, control)
             rows.append(row)
-    _draw(config, rows, out)
     columns = dict(_COLUMNS)
     if config.losers == "freeze":
         columns["sparsity"] = "frozen %"
-    return results.publish(config, out, "rounds", rows, columns, "deviation")
+    summary = results.publish(config, out, "rounds", rows, columns, "deviation")
+    _draw(config, rows, out)
+    return summary
 
 
 def _draw(config: Config, rows: list[dict[str, Any]], out: records.Run) -> None:
@@ -222,9 +223,10 @@ def _draw(config: Config, rows: list[dict[str, Any]], out: records.Run) -> None:
     if not rows:
         return
     dense = rows[0] | {"method": "dense"}
-    sparse = [row for row in rows if row["asked"]]
-    figure = plots.accuracy_against_sparsity(sparse, label, dense)
-    out.save_figure("accuracy_against_sparsity", figure)
+    sparse = [row for row in results.with_weights(rows) if row["asked"]]
+    if sparse:
+        figure = plots.accuracy_against_sparsity(sparse, label, dense)
+        out.save_figure("accuracy_against_sparsity", figure)
     lines = records.read_metrics(out.workdir)
     curves = plots.learning_curves(lines, *results.curve_key(lines), percent=True)
     out.save_figure("learning_curves", curves)

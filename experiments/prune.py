@@ -32,6 +32,7 @@ from experiments.task import (
     make_prunable,
     make_task,
 )
+from experiments.variants import exact
 
 _COLUMNS = {
     "method": "rule",
@@ -76,15 +77,15 @@ class Point:
     @property
     def name(self) -> str:
         """The name of its units, such as "rigl-0.9"."""
-        sparsity = "" if self.sparsity is None else f"-{self.sparsity:g}"
-        rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
+        sparsity = "" if self.sparsity is None else f"-{exact(self.sparsity)}"
+        rate = "" if self.learning_rate is None else f"-lr{exact(self.learning_rate)}"
         return f"{self.rule}{sparsity}{rate}"
 
     @property
     def label(self) -> str:
         """The rule, and its learning rate where several are compared."""
         rate = self.learning_rate
-        return self.rule if rate is None else f"{self.rule}, lr {rate:g}"
+        return self.rule if rate is None else f"{self.rule}, lr {exact(rate)}"
 
     @property
     def settings(self) -> dict[str, float]:
@@ -216,12 +217,13 @@ def report(
         if dense in finished and point.rule != "dense":
             row |= results.difference("to_dense", own, finished[dense])
         rows.append(row)
-    _draw_curves(points, out)
-    _draw_sparsities(config, rows, out)
     columns = dict(_COLUMNS)
     if "dense" not in config.rules:
         del columns["to_dense"]
-    return results.publish(config, out, "points", rows, columns, "deviation")
+    summary = results.publish(config, out, "points", rows, columns, "deviation")
+    _draw_curves(points, out)
+    _draw_sparsities(config, rows, out)
+    return summary
 
 
 def _draw_curves(points: list[Point], out: records.Run) -> None:
@@ -235,7 +237,7 @@ def _draw_curves(points: list[Point], out: records.Run) -> None:
             if (point := by_name[line["method"]]).sparsity in (None, sparsity)
         ]
         curves = plots.learning_curves(own, *key, percent=True)
-        end = "" if sparsity is None else f"-{sparsity:g}"
+        end = "" if sparsity is None else f"-{exact(sparsity)}"
         out.save_figure(f"learning_curves{end}", curves)
 
 
@@ -243,7 +245,7 @@ def _draw_sparsities(
     config: Config, rows: list[dict[str, Any]], out: records.Run
 ) -> None:
     label = f"{results.judged(config)} accuracy"
-    rows = results.measured(rows)
+    rows = results.with_weights(results.measured(rows))
     of_dense = [row["method"].startswith("dense") for row in rows]
     sparse = [row for row, is_dense in zip(rows, of_dense, strict=True) if not is_dense]
     dense = next(itertools.compress(rows, of_dense), None)

@@ -26,6 +26,11 @@ def measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["seeds"]]
 
 
+def with_weights(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that have a place on a logarithmic axis of the density."""
+    return [row for row in rows if row["sparsity"] < 1]
+
+
 def sparsity(masks: PyTree, task: Task) -> float:
     """Fraction of zeros among the prunable weights of the task's network."""
     prunable = tree.prunable_leaves(task.params, task.prunable)

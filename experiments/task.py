@@ -390,6 +390,12 @@ def shapes_and_macs(
     return params, state, {path: costs[f"0/{path}"] for path in tree.flatten(params)}
 
 
+def run_width(config: TaskConfig) -> int:
+    """How many devices, or groups that cut up batches, can share out the runs."""
+    everything = jax.device_count()
+    return everything // (config.data_parallel or everything)
+
+
 def _make_mesh(config: TaskConfig, size: int) -> Mesh | None:
     """The devices that batches of a data set of a size are cut up between."""
     everything = jax.device_count()
@@ -401,7 +407,7 @@ def _make_mesh(config: TaskConfig, size: int) -> Mesh | None:
             "--data_parallel=0"
         )
     alone = jax.default_backend() == "cpu"  # Where runs are not vmapped by themselves.
-    runs = config.runs_at_once or (1 if alone else config.seeds)
+    runs = config.runs_at_once or (1 if alone else run_width(config))
     mesh = train.make_mesh(count, runs)
     if mesh.size == 1:
         return None

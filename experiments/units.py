@@ -21,9 +21,10 @@ from rich.progress import (
 from d2sparse import data, metrics, records, train
 from d2sparse.train import Data, TrainState
 from experiments import processes, signals
+from experiments.finite import check_finite
 from experiments.session import Interrupted, Session
 from experiments.singles import Method
-from experiments.task import Splits, TaskConfig, draw_splits
+from experiments.task import Splits, TaskConfig, draw_splits, run_width
 from experiments.variants import Variant
 
 _SHARE = 0.8  # Part of the memory that runs may take.
@@ -167,7 +168,7 @@ def learn(
     while jobs:
         members = [begin(jobs[0])]
         if len(jobs) > 1:
-            size = _how_many(config, method, *members[0])
+            size = _how_many(config, method, *members[0], len(jobs))
         members += [begin(job) for job in jobs[1:size]]
         jobs = jobs[size:]
         # One that had to go back to an earlier checkpoint is behind the others.
@@ -176,9 +177,17 @@ def learn(
 
 
 def _how_many(
-    config: TaskConfig, method: Method, job: Job, session: Session, begun: Any
+    config: TaskConfig,
+    method: Method,
+    job: Job,
+    session: Session,
+    begun: Any,
+    left: int,
 ) -> int:
-    """How many runs of a method are trained at once."""
+    """How many of the runs that are left of a method are trained at once.
+
+    Where there are more runs than devices to share them out, every device has as many.
+    """
     del session
     if method.run is None:
         return 1
@@ -187,9 +196,11 @@ def _how_many(
     need = train.estimate_memory(
         method.run, method.state(begun), job.splits.train, config.batch_size
     )
-    devices = jax.local_devices()
-    room = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    return max(int(min(_SHARE * room * len(devices) / need, _MOST)), 1)
+    room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    width = run_width(config)
+    each = max(int(min(_SHARE * room / need, _MOST / width)), 1)
+    size = min(each * width, left)
+    return size - size % width if size > width else size
 
 
 def _train(
@@ -213,10 +224,14 @@ def _train(
             out.fail(job.unit, failure or train.failure(states[number]))
             continue
         state = states[number]
-        found = judge(method, state, job.splits) | {
-            "training_macs": session.ledger.spent,
-            "seconds": session.seconds / len(jobs),
-        }
+        try:
+            found = judge(method, state, job.splits) | {
+                "training_macs": session.ledger.spent,
+                "seconds": session.seconds / len(jobs),
+            }
+        except FloatingPointError as error:
+            out.fail(job.unit, str(error))
+            continue
         out.finish(job.unit, found | dict(conclude(job, state)))
 
 
@@ -240,8 +255,14 @@ def open_session(
 
 
 def judge(method: Judged, state: TrainState, splits: Splits) -> dict[str, float]:
-    """What the table says of a trained state: its quality, its size, its cost."""
+    """What the table says of a trained state: its quality, its size, its cost.
+
+    Raises:
+      FloatingPointError: it predicts what is not finite, such as after updates that
+        were large, or were skipped.
+    """
     outputs = method.predict(state, splits.judge)
+    check_finite(outputs, "predictions", state)
     stored, inference_macs = method.costs(state, splits.train)
     return {
         **train.evaluate(_headline(outputs), np.asarray(splits.judge.labels)),

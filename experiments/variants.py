@@ -25,6 +25,15 @@ class Variant(NamedTuple):
     settings: Settings
 
 
+def exact(number: float) -> str:
+    """The shortest text that tells a number from all others, for names.
+
+    >>> exact(0.9), exact(2.0), exact(0.123456789)
+    ('0.9', '2', '0.123456789')
+    """
+    return repr(float(number)).removesuffix(".0")
+
+
 def variants(
     methods: Mapping[str, Method], lists: Mapping[str, Sequence[float]]
 ) -> dict[str, Variant]:
@@ -43,7 +52,7 @@ def variants(
         for values in itertools.product(*own.values()):
             settings = dict(zip(own, values, strict=True))
             name = base + "".join(
-                f"-{_SHORT.get(k, k)}{value:g}" for k, value in settings.items()
+                f"-{_SHORT.get(k, k)}{exact(value)}" for k, value in settings.items()
             )
             found[name] = Variant(name, base, method, settings)
     return found

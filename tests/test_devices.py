@@ -114,6 +114,15 @@ def test_runs_beside_each_other_are_the_runs_alone(network, data_parallel):
         assert_close(state, alone[number])
 
 
+def test_a_single_run_takes_no_devices_that_share_out_runs(network):
+    step, init, alone = network
+    run = train.make_runner(step, train.make_mesh(2, runs=4))
+    state = train.fit(run, init(0), make_data(0), STEPS, BATCH)
+    assert_close(state, alone[0])
+    devices = {len(leaf.devices()) for leaf in jax.tree.leaves(state.params)}
+    assert devices == {2}
+
+
 def test_a_row_of_a_batch_lies_on_all_its_devices(network):
     step, init, _ = network
     seen = []

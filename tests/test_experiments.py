@@ -12,9 +12,10 @@ import runs
 from runs import modified, read, unit_files, without_time
 from simple_parsing.docstring import get_attribute_docstring
 
-from d2sparse import data, records
-from experiments import d2_sparse, units
+from d2sparse import data, plots, records
+from experiments import d2_sparse, low_data, units
 from experiments.d2_sparse import Config
+from experiments.few_labels.cells import Cell, Setting, parse_cell
 from experiments.methods import METHODS
 
 TFDS = Path(os.environ.get("TFDS_DATA_DIR") or runs.ROOT.parent / "shared" / "tfds")
@@ -435,3 +436,49 @@ def test_mnist_works_the_same_way(tmp_path):
     assert rigl["nonzeros"] == round(0.2 * kernels) + BIASES
     assert pair["nonzeros"] == round(0.2 * kernels) + 2 * BIASES
     assert 0 < rigl["accuracy"] < 1
+
+
+def cannot_draw(*_, **__):
+    raise ValueError("nothing can be drawn")
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_figure_that_cannot_be_drawn_does_not_cost_the_table(
+    finished, tmp_path, monkeypatch
+):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    for name in ("summary.json", "table.md"):
+        (workdir / name).unlink()
+    monkeypatch.setattr(plots, "learning_curves", cannot_draw)
+    with pytest.raises(ValueError, match="nothing can be drawn"):
+        d2_sparse.run(dataclasses.replace(TINY, workdir=str(workdir)))
+    assert runs.table_rows(workdir)
+    assert read(workdir / "summary.json")["methods"]
+
+
+@pytest.mark.parametrize("figure", ["accuracy_against_cost", "rank_diagram"])
+def test_nor_does_it_in_the_benchmark_of_low_data(figure, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, figure, cannot_draw)
+    config = low_data.Config(
+        methods=("static", "dense"),
+        budgets=(2,),
+        seeds=1,
+        width=0.1,
+        steps=2,
+        progress=False,
+        workdir=str(tmp_path / "run"),
+    )
+    with pytest.raises(ValueError, match="nothing can be drawn"):
+        low_data.run(config)
+    assert "## 2 labels per class" in (tmp_path / "run" / "table.md").read_text()
+    assert read(tmp_path / "run" / "summary.json")["ranks"].keys() == {
+        "static",
+        "dense",
+    }
+
+
+def test_cells_of_almost_the_same_noise_have_names_of_their_own():
+    cells = [Cell("rigl", Setting(50, noise)) for noise in (0.2, 0.1234567, 0.12345678)]
+    assert cells[0].name == "rigl-50-noise0.2"
+    assert [parse_cell(cell.name) for cell in cells] == cells
+    assert len({cell.setting.title for cell in cells}) == 3

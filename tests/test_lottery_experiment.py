@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -429,3 +430,32 @@ def test_epochs_are_passes_over_the_labels():
     assert recipe("--epochs=7", "--steps=12").steps == 12
     assert resolve(dataclasses.replace(Config(), epochs=7), 100).steps == 7 * 3
     assert resolve(TINY, samples=100).steps == 12
+
+
+def test_a_search_that_diverges_is_a_failure_in_the_table(tmp_path):
+    config = dataclasses.replace(
+        ONE, rounds=1, learning_rate=1e38, on_nonfinite="skip", workdir=str(tmp_path)
+    )
+    summary = lottery.run(config)
+    (why,) = summary["failed"].values()
+    assert re.match(r"its predictions are not finite after \d+ skipped updates", why)
+    assert [row["seeds"] for row in summary["rounds"]] == [0, 0]
+    assert f"magnitude-seed0 failed and is not counted: {why}" in (
+        (tmp_path / "table.md").read_text()
+    )
+
+
+@pytest.mark.usefixtures("no_training")
+def test_rounds_that_leave_no_weight_are_in_the_table_alone(finished, tmp_path):
+    emptied = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(emptied / "figures")
+    for path in unit_files(emptied).values():
+        found = read(path)
+        for own in found["rounds"][1:]:
+            own["sparsity"] = 1.0
+        path.write_text(json.dumps(found))
+    lottery.run(dataclasses.replace(TINY, workdir=str(emptied)))
+    rows = runs.table_rows(emptied)
+    assert [row["sparsity %"] for row in rows] == ["0", "100", "100"] * 2
+    drawn = [path.name for path in (emptied / "figures").iterdir()]
+    assert drawn == ["learning_curves.png"]

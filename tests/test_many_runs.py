@@ -11,9 +11,10 @@ import runs
 from runs import read, unit_files, without_time
 
 from d2sparse import models, rules, train
-from d2sparse.data import Split
+from d2sparse.data import Split, load
 from d2sparse.transforms import sparsify
 from experiments import d2_sparse, prune, units
+from experiments.task import draw_splits, make_task
 from experiments.variants import variants
 
 SWEEP = prune.Config(
@@ -191,6 +192,9 @@ def test_names_of_variants():
     lists = {"learning_rate": (0.1, 0.2), "coupling": (1.0,)}
     assert list(variants({"dense": method}, lists)) == ["dense-lr0.1", "dense-lr0.2"]
     assert list(variants({"dense": method}, {"learning_rate": ()})) == ["dense"]
+    close = {"learning_rate": (0.1234567, 0.123456789, 2.0)}
+    names = ["dense-lr0.1234567", "dense-lr0.123456789", "dense-lr2"]
+    assert list(variants({"dense": method}, close)) == names
 
 
 def small_run(name, shape, monkeypatch):
@@ -245,6 +249,27 @@ def test_runs_are_split_into_groups_that_fit(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     method = prune.Method(*[None] * 4, run=runner, state=lambda begun: begun)
     job = units.Job(None, type("Splits", (), {"train": data}), None, None)
-    assert units._how_many(SWEEP, method, job, None, state) == 4
-    given = dataclasses.replace(SWEEP, runs_at_once=7)
-    assert units._how_many(given, method, job, None, state) == 7
+
+    def groups(left, **changes):
+        config = dataclasses.replace(SWEEP, **changes)
+        while left > 0:
+            size = units._how_many(config, method, job, None, state, left)
+            yield min(size, left)
+            left -= size
+
+    # Four fit on each of eight devices, and no device has more than another.
+    assert list(groups(100)) == [32, 32, 32, 4]
+    assert list(groups(11)) == [8, 3]
+    assert list(groups(11, data_parallel=2)) == [8, 3]
+    assert list(groups(19, data_parallel=8)) == [4, 4, 4, 4, 3]
+    for size in groups(59):
+        width = train.make_mesh(1, size).shape["run"]
+        assert width == min(size, 8)
+    assert list(groups(11, runs_at_once=7)) == [7, 4]
+
+
+def test_on_accelerators_all_devices_share_out_the_runs(monkeypatch):
+    labelled = draw_splits(SWEEP, load("digits"), seed=0).train
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    task = make_task(SWEEP, labelled, 10, 0.0)
+    assert dict(task.mesh.shape) == {"run": 8, "data": 1}

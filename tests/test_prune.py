@@ -709,6 +709,19 @@ def test_every_point_is_run_once_and_in_order():
     assert [point.name for point in points] == ["rigl-0.5", "rigl-0.9", "dense"]
 
 
+def test_points_that_differ_in_the_seventh_digit_have_names_of_their_own():
+    config = dataclasses.replace(
+        TINY,
+        rules=("rigl",),
+        sparsities=(0.123456789, 0.1234567),
+        learning_rates=(0.01234567, 0.01234568),
+    )
+    points = prune.list_points(config)
+    assert points[0].name == "rigl-0.1234567-lr0.01234567"
+    assert len({point.name for point in points}) == len(points) == 4
+    assert len({point.label for point in points}) == 2
+
+
 def test_without_a_dense_network_nothing_is_compared_to_it(tmp_path):
     config = dataclasses.replace(
         TINY, rules=("static",), validation_fraction=0.3, workdir=str(tmp_path / "run")
@@ -822,3 +835,42 @@ def test_the_figure_stands_at_the_sparsity_that_is_there(zoo, tmp_path, monkeypa
     assert (row["sparsity"], row["asked"]) == (0.5, 0.75)
     (cells,) = runs.table_rows(tmp_path / "run")
     assert cells["sparsity %"] == "50"
+
+
+def test_skipped_updates_do_not_hide_a_network_that_has_diverged(tmp_path):
+    config = dataclasses.replace(
+        TINY,
+        rules=("dense", "wanda"),
+        learning_rates=(0.1, 1e38),
+        on_nonfinite="skip",
+        workdir=str(tmp_path / "run"),
+    )
+    failed = prune.run(config)["failed"]
+    assert list(failed) == ["dense-lr1e+38-seed0", "wanda-0.75-lr1e+38-seed0"]
+    for what, why in zip(("predictions", "activations"), failed.values(), strict=True):
+        assert re.match(rf"its {what} are not finite after \d+ skipped updates", why)
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert all(f"{name} failed and is not counted" in table for name in failed)
+    rows = [line.split("|") for line in table.splitlines() if ", lr " in line]
+    accuracies = [cells[3].strip() for cells in rows]
+    assert [text == "failed" for text in accuracies] == [False, True] * 2
+
+
+@pytest.mark.usefixtures("no_training")
+def test_networks_without_weights_are_in_the_table_and_not_in_the_figure(
+    swept, tmp_path, monkeypatch
+):
+    emptied, drawn = shutil.copytree(swept[0], tmp_path / "run"), []
+    for seed in SEEDS:
+        path = unit_files(emptied)[f"static-0.75-seed{seed}"]
+        path.write_text(json.dumps(read(path) | {"sparsity": 1.0}))
+    draw = prune.plots.accuracy_against_sparsity
+    monkeypatch.setattr(
+        prune.plots,
+        "accuracy_against_sparsity",
+        lambda rows, *given: drawn.extend(rows) or draw(rows, *given),
+    )
+    prune.run(dataclasses.replace(SWEEP, workdir=str(emptied)))
+    assert [row["asked"] for row in drawn] == [0.5]
+    cells = [row["sparsity %"] for row in runs.table_rows(emptied)]
+    assert cells[-1] == "100"

@@ -237,6 +237,52 @@ def test_a_line_cut_by_a_crash_is_ignored_and_then_repaired(workdir, run):
     assert [line["step"] for line in read_metrics(workdir)] == [0, 5]
 
 
+def test_what_holds_stays_in_the_order_of_measuring(workdir, run):
+    other = Unit("rigl", 1)
+    for unit in (RIGL, other):
+        run.start(unit)
+    for step in range(3):
+        for unit in (RIGL, other):
+            run.log(unit, step, {"loss": 1.0})
+    again = open_run(workdir, Config())
+    again.start(RIGL, 2)
+    again.start(other, 3)
+    again.log(RIGL, 2, {"loss": 1.0})
+    lines = [(line["seed"], line["step"]) for line in read_metrics(workdir)]
+    assert lines == [(0, 0), (1, 0), (0, 1), (1, 1), (1, 2), (0, 2)]
+
+
+DAMAGES = [b"garbage", b'{"acc', b"[1]", b"null", b'{"failed": "\xff"}']
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, b'{"unit": "rigl-seed0"}'])
+def test_a_damaged_line_is_named_and_nothing_is_lost(damage, workdir, run):
+    run.start(RIGL)
+    run.log(RIGL, 0, {"loss": 1.0})
+    path = workdir / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + damage + b"\n")
+    before, again = contents(workdir), open_run(workdir, Config())
+    for read in (lambda: again.start(RIGL), lambda: read_metrics(workdir)):
+        with pytest.raises(
+            ValueError, match=r"metrics\.jsonl line 2 is damaged.*remove"
+        ):
+            read()
+    assert contents(workdir) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_result_is_named_with_what_to_do(damage, workdir, run):
+    run.finish(RIGL, {"accuracy": 0.5})
+    path = workdir / "units" / "rigl-seed0.json"
+    path.write_bytes(damage)
+    for read in (lambda: run.finished(RIGL), run.failures):
+        with pytest.raises(
+            ValueError, match=r"damaged.*to run the unit again"
+        ) as error:
+            read()
+        assert str(error.value).startswith(f"{path} is damaged")
+
+
 def test_a_crash_while_writing_leaves_the_old_file_whole(workdir, run, monkeypatch):
     run.write_summary({"accuracy": 0.5})
     with monkeypatch.context() as patch:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,29 @@ def to_json(value: Any) -> Any:
     if hasattr(value, "__array__"):
         return to_json(np.asarray(value).tolist())
     return value
+
+
+def read_fields(
+    text: str, place: str, mend: str, needs: Set[str] = frozenset()
+) -> dict[str, Any]:
+    """The fields that a text of JSON holds.
+
+    Args:
+      text: an object.
+      place: where it is, for the error.
+      mend: what to do where it is damaged.
+      needs: names of fields that it has.
+
+    Raises:
+      ValueError: it is damaged, no object, or lacks a field.
+    """
+    try:
+        found = from_json(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not needs <= found.keys():
+        raise ValueError(f"{place} is damaged, got {text.strip()!r:.60}; {mend}")
+    return found
 
 
 def from_json(text: str) -> Any:

@@ -14,8 +14,13 @@ def complete_lines(path: Path) -> list[str]:
     """The lines of a file that end in a newline; a crash may have cut the last."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = read_text(path).splitlines(keepends=True)
     return [line for line in lines if line.endswith("\n")]
+
+
+def read_text(path: Path) -> str:
+    r"""A text of JSON; a byte that is none of it becomes \xNN, which no JSON holds."""
+    return path.read_text(encoding="utf-8", errors="backslashreplace")
 
 
 def temporary_path(path: Path) -> Path:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
 from d2sparse.records import files
-from d2sparse.records.encoding import from_json, to_json
+from d2sparse.records.encoding import read_fields, to_json
 
 
 class Unit(NamedTuple):
@@ -35,6 +35,9 @@ class Unit(NamedTuple):
     def name(self) -> str:
         """The name of its files, such as "rigl-seed0"."""
         return f"{self.method}-seed{self.seed}"
+
+
+_NAMED = frozenset({"unit", *Unit._fields, "step"})  # What every measurement has.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,28 +64,31 @@ class Run:
             are forgotten.
 
         Raises:
-          ValueError: there are not as many lines.
+          ValueError: there are not as many lines, or one is damaged.
         """
         if not self.writes:
             return
         path = self.workdir / "metrics.jsonl"
-        everything = files.complete_lines(path)
-        own = [line for line in everything if json.loads(line)["unit"] == unit.name]
+        kept: list[str] = []
+        own: list[dict[str, Any]] = []
+        for line, fields in _measurements(path):
+            if fields["unit"] != unit.name:
+                kept.append(line)
+            elif len(own) < lines:
+                kept.append(line)
+                own.append(fields)
         if len(own) < lines:
             raise ValueError(
                 f"expected {lines} lines of {unit.name} in {path}, as its checkpoint "
                 f"says, got {len(own)}; remove that checkpoint to begin the unit anew"
             )
-        others = [line for line in everything if json.loads(line)["unit"] != unit.name]
         # Also without the end of a line that a crash has cut.
-        files.write_text(path, "".join(others + own[:lines]))
+        files.write_text(path, "".join(kept))
         events = self.workdir / "tensorboard" / unit.name
         shutil.rmtree(events, ignore_errors=True)
         self._writers[unit] = SummaryWriter(str(events))
-        for line in own[:lines]:
-            fields = from_json(line)
-            named = {"unit", *Unit._fields, "step"}
-            values = {k: v for k, v in fields.items() if k not in named}
+        for fields in own:
+            values = {k: v for k, v in fields.items() if k not in _NAMED}
             self._show(unit, fields["step"], values)
 
     def log(self, unit: Unit, step: int, metrics: Mapping[str, ArrayLike]) -> None:
@@ -132,12 +138,12 @@ class Run:
         """The results of a unit as `finish` got them, or None if it has to run.
 
         Arrays and tuples come back as lists, and what was not finite as NaN.
+
+        Raises:
+          ValueError: the file of the unit is damaged.
         """
         path = self._results(unit)
-        if not path.exists():
-            return None
-        results: dict[str, Any] = from_json(path.read_text(encoding="utf-8"))
-        return results
+        return _read_results(path) if path.exists() else None
 
     def units(self) -> list[Unit]:
         """All units that have come to their end, with results or without, by name."""
@@ -150,10 +156,14 @@ class Run:
         self.finish(unit, {"failed": why})
 
     def failures(self) -> dict[str, str]:
-        """Why units have failed, by their names."""
+        """Why units have failed, by their names.
+
+        Raises:
+          ValueError: the file of a unit is damaged.
+        """
         found = {}
         for path in sorted((self.workdir / "units").glob("*.json")):
-            results = from_json(path.read_text(encoding="utf-8"))
+            results = _read_results(path)
             if "failed" in results:
                 found[path.stem] = results["failed"]
         return found
@@ -192,15 +202,32 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Returns:
       One dictionary per line of metrics.jsonl, with NaN for what was not finite. An
       incomplete last line is left out.
+
+    Raises:
+      ValueError: a line is damaged.
     """
-    lines = files.complete_lines(Path(workdir).expanduser() / "metrics.jsonl")
-    return [from_json(line) for line in lines]
+    path = Path(workdir).expanduser() / "metrics.jsonl"
+    return [fields for _, fields in _measurements(path)]
 
 
 def meet(why: str) -> None:
     """Waits for the other processes, if there are any."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(why)
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    mend = "remove that file to run the unit again"
+    return read_fields(files.read_text(path), str(path), mend)
+
+
+def _measurements(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The complete lines of a file of measurements, as they stand and as fields."""
+    mend, found = "remove that line to go on", []
+    for number, line in enumerate(files.complete_lines(path), 1):
+        place = f"{path} line {number}"
+        found.append((line, read_fields(line, place, mend, _NAMED)))
+    return found
 
 
 def _scalar(name: str, value: ArrayLike) -> float:

@@ -219,7 +219,7 @@ def _on_mesh(
         interrupted: Callable[[], bool] = _never,
     ) -> tuple[TrainState, Metrics]:
         check_batch(indices.shape[-1], mesh)
-        where, run = on_mesh_of(len(state.key) if stacked else mesh.shape["run"])
+        where, run = on_mesh_of(len(state.key) if stacked else 1)
         return run(
             lay(state, where.state),
             lay_once(data, where.data),

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from experiments.few_labels.options import LowDataOptions
+from experiments.variants import exact
 
 
 class Setting(NamedTuple):
@@ -21,16 +22,16 @@ class Setting(NamedTuple):
     @property
     def name(self) -> str:
         """Such as "50", "50-noise0.2" or "50-tail10"."""
-        noise = f"-noise{self.label_noise:g}" if self.label_noise else ""
-        tail = f"-tail{self.imbalance:g}" if self.imbalance > 1 else ""
+        noise = f"-noise{exact(self.label_noise)}" if self.label_noise else ""
+        tail = f"-tail{exact(self.imbalance)}" if self.imbalance > 1 else ""
         return f"{self.samples}{noise}{tail}"
 
     @property
     def title(self) -> str:
         """What its column of robustness is called."""
         if self.label_noise:
-            return f"{100 * self.label_noise:g} % wrong labels"
-        return f"imbalance {self.imbalance:g}"
+            return f"{100 * self.label_noise:.12g} % wrong labels"
+        return f"imbalance {exact(self.imbalance)}"
 
     @property
     def fields(self) -> dict[str, Any]:

@@ -79,9 +79,14 @@ def report(
         tables += [_HEADING.format(samples or "All"), _table(rows)]
         tables += [_HARDER, records.markdown_table(robust, {k: k for k in robust[0]})]
         summary[str(samples)] = {"methods": rows, "robustness": robust}
-        _draw(rows, found, samples, out)
-    whole = {"budgets": summary, "ranks": _rank(found, out)}
-    return results.write(config, out, whole, "\n\n".join(tables))
+    scores = compare(found)
+    whole = {"budgets": summary, "ranks": _rank(scores)}
+    written = results.write(config, out, whole, "\n\n".join(tables))
+    for samples, own in summary.items():
+        _draw(own["methods"], found, int(samples), out)
+    if len(scores) > 1:
+        out.save_figure("ranks", plots.rank_diagram(scores))
+    return written
 
 
 def list_rows(found: Found, samples: int, task: Task) -> list[dict[str, Any]]:
@@ -178,11 +183,9 @@ def _add_up(bins: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, np.ndarr
     return {key: np.sum([own[key] for own in bins], axis=0) for key in bins[0]}
 
 
-def _rank(found: Found, out: records.Run) -> dict[str, float]:
-    """Mean ranks, and their figure, where there are several methods to compare."""
-    scores = compare(found)
+def _rank(scores: Mapping[str, list[float]]) -> dict[str, float]:
+    """Mean ranks, where there are several methods to compare."""
     if len(scores) < 2:
         return {}
-    out.save_figure("ranks", plots.rank_diagram(scores))
     ranks = plots.average_ranks(np.transpose(list(scores.values())).tolist())
     return dict(zip(scores, ranks.tolist(), strict=True))

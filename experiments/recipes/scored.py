@@ -16,6 +16,7 @@ from d2sparse.scores import Score
 from d2sparse.train import Data, TrainState
 from d2sparse.transforms import get_masks
 from d2sparse.tree import Counts, PyTree
+from experiments.finite import check_finite
 from experiments.recipes.arguments import Shared
 from experiments.recipes.groups import Makers, by_recipe
 from experiments.recipes.options import Options
@@ -87,6 +88,7 @@ def after_training(task: Task, options: Options, shared: Shared) -> Makers:
         def pruned(state: TrainState, data: Data) -> TrainState:
             x = train.inputs(_sample(state, data, options.score_samples))
             inputs = kernel_inputs(task.model, state.params, state.model_state, x)
+            check_finite(inputs, "activations", state)
             rule = rules.one_shot(task.sparsity, scores.wanda(inputs), **own)
             return lottery.rewind(state, _prune_once(state, rule))
 

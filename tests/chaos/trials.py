@@ -78,7 +78,7 @@ def _try(trial: Trial, stopped: Path, reference: Path, workdir: Path) -> Tried:
     scenario = PRUNE._replace(words=[*PRUNE.words, *trial.words])
     done = attempt(scenario, workdir, before=trial.before)
     said, good = _message(done.said, workdir), (done.status == 0) == trial.resumes
-    if not trial.resumes:
+    if not (trial.resumes or trial.mended):
         good &= not (workdir / "summary.json").exists()
     end = f"status {done.status}"
     if trial.mended:
