@@ -443,6 +443,41 @@ def test_growth_gradients_are_computed_at_refreshes_only_and_decide_growth():
     assert params["w"].tolist() == [[4.0, 0.0, 0.0, 0.0]]
 
 
+def test_an_eager_step_between_refreshes_does_not_touch_the_rule():
+    calls = []
+
+    def update(live, params, grads, step, key):
+        calls.append(int(step))  # Raises where the step is traced.
+        return live
+
+    rule = rules.static(0.5)._replace(update=update)
+    tx = sparsify(optax.sgd(0.1), rule, schedules.at([1]))
+    state = tx.init(normals(0))
+    for _ in range(3):
+        _, state = tx.update(normals(1), state, normals(0))
+    assert calls == [1]
+
+
+def test_a_score_of_nan_is_refused_by_an_eager_step_and_the_leaf_named():
+    def score(params, grads, key):
+        return tree.map_with_path(
+            lambda path, w: w * (np.nan if path == "head/kernel" else 1.0), params
+        )
+
+    tx = sparsify(optax.sgd(0.1), rules.one_shot(0.5, score), schedules.at([0]))
+    with pytest.raises(ValueError, match="without NaN, got NaN at 'head/kernel'"):
+        tx.update(normals(1), tx.init(normals(0)), normals(0))
+
+
+def test_a_sparsity_out_of_range_is_refused_by_an_eager_step():
+    rule = rules.gradual(lambda step: 1.5 * step)
+    tx = sparsify(optax.sgd(0.1), rule, schedules.at([1]))
+    state = tx.init(normals(0))
+    _, state = tx.update(normals(1), state, normals(0))
+    with pytest.raises(ValueError, match=r"sparsity in \[0, 1\)"):
+        tx.update(normals(1), state, normals(0))
+
+
 def conditions(jaxpr):
     return [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "cond"]
 

@@ -152,7 +152,7 @@ def _under_masks(
             return masks, state.nan | _has_nan(params) | _has_nan(list(own.values()))
 
         due = when(state.step) if refresh is None else refresh
-        masks, nan = jax.lax.cond(due, refreshed, lambda: (state.masks, state.nan))
+        masks, nan = _branch(due, refreshed, lambda: (state.masks, state.nan))
         moments = mask_moments(inner, state.inner, masks)
         changes, moments = inner.update(
             apply_masks(updates, masks), moments, params, **extra_args
@@ -194,6 +194,15 @@ def mask_moments(
         return apply_masks(moment, mask)
 
     return optax.tree.map_params(inner, masked, state, masks, is_leaf=is_gap)
+
+
+def _branch(
+    due: jax.Array | bool, refreshed: Callable[[], Any], kept: Callable[[], Any]
+) -> Any:
+    if isinstance(due, jax.core.Tracer):
+        return jax.lax.cond(due, refreshed, kept)
+    # In an eager loop a `cond` of new closures would be compiled at every step.
+    return refreshed() if bool(due) else kept()
 
 
 def _placed_as(mask: jax.Array, param: Any) -> jax.Array:
