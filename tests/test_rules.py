@@ -526,6 +526,20 @@ def test_iterations_meet_the_count_and_leave_what_is_pruned():
         rules.one_shot(0.6, iterations=0)
 
 
+def test_iterations_outside_of_compiled_functions_are_not_compiled():
+    seen = []
+
+    def score(params, grads, key):
+        seen.extend(jax.tree.leaves(params))
+        return jax.tree.map(jnp.abs, params)
+
+    params = normals(3)
+    rule = rules.one_shot(0.6, score, iterations=5)
+    rule.update(rule.init(params, KEY), params, None, 0, KEY)
+    assert len(seen) == 5 * len(jax.tree.leaves(params))
+    assert not any(isinstance(leaf, jax.core.Tracer) for leaf in seen)
+
+
 def test_the_largest_are_chosen_from_all_weights_and_may_come_back():
     rule, first, later = rules.largest(0.6), normals(4), normals(5)
     masks_then = rule.init(first, KEY)

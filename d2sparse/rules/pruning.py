@@ -66,11 +66,16 @@ def one_shot(
             left = params if is_local(score) else apply_masks(params, masks)
             return prune(masks, left, grads, sparsity, key)
 
-        def iteration(i: jax.Array, masks: PyTree) -> PyTree:
+        def iteration(i: int | jax.Array, masks: PyTree) -> PyTree:
             return pruned(masks, 1 - (1 - sparsity) ** (i / jnp.float32(iterations)))
 
-        if iterations > 1:
+        given = jax.tree.leaves((masks, params, grads, sparsity, key))
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in given):
             masks = jax.lax.fori_loop(1, iterations, iteration, masks)
+            return pruned(masks, sparsity)
+        # Outside of a compiled function the loop would be compiled at every call.
+        for i in range(1, iterations):
+            masks = iteration(i, masks)
         return pruned(masks, sparsity)
 
     return MaskRule(init, update)
