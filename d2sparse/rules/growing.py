@@ -175,7 +175,7 @@ def granet(
       selection: which patterns may be live.
 
     Raises:
-      ValueError: the sparsity is a number and not a schedule.
+      ValueError: as `gradual`.
 
     >>> from d2sparse.schedules import linear
     >>> rule, key = granet(linear(0.0, 0.5, 2), 0.5), jax.random.key(0)
@@ -191,6 +191,7 @@ def granet(
     )
 
     def init(params: PyTree, key: jax.Array) -> PyTree:
+        prune.init(params, key)  # Complains of a schedule that cannot be followed.
         begin = static(sparsity(0), distributions.erk, prunable, selection)
         return begin.init(params, key)
 

@@ -17,7 +17,7 @@ from d2sparse.rules.base import (
     largest_scores,
     refresh,
 )
-from d2sparse.schedules import Schedule, Step, When
+from d2sparse.schedules import Ramp, Schedule, Step, When, constant
 from d2sparse.scores import Score
 from d2sparse.tree import Count, Prunable, PyTree, is_kernel
 
@@ -63,7 +63,7 @@ def one_shot(
     if iterations < 1 or iterations != int(iterations):
         raise ValueError(f"expected at least 1 iteration, got {iterations}")
     prune = _pruner(score, distribution, prunable, selection)
-    init = gradual(lambda step: sparsity, score, distribution, prunable).init
+    init = gradual(constant(sparsity), score, distribution, prunable).init
 
     def noted(
         masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
@@ -116,7 +116,9 @@ def gradual(
       selection: which patterns may be live.
 
     Raises:
-      ValueError: the sparsity is a number and not a schedule.
+      ValueError: the sparsity is a number and not a schedule; or, at `init`, the ends
+        of a schedule made by `linear`, `cubic` or `constant` are no sparsities that can
+        be reached. Outside of compiled functions every refresh looks at its own.
 
     >>> from d2sparse.schedules import linear
     >>> rule, key = gradual(linear(0.0, 0.5, 2)), jax.random.key(0)
@@ -133,7 +135,9 @@ def gradual(
 
     def init(params: PyTree, key: jax.Array) -> PyTree:
         del key
-        tree.prunable_leaves(params, prunable)  # Complains where there is none.
+        shapes = tree.shapes(params, prunable)  # Complains where there is none.
+        for value in _ends(sparsity):
+            distributions.share_budget(distribution, shapes, value)
         return dense_masks(params)
 
     prune = _pruner(score, distribution, prunable, selection)
@@ -255,7 +259,7 @@ def ac_dc(
     [[True, True]]
     """
     sparse = largest(sparsity, score, distribution, prunable, selection)
-    init = gradual(lambda step: sparsity, score, distribution, prunable).init
+    init = gradual(constant(sparsity), score, distribution, prunable).init
 
     def noted(
         masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
@@ -284,7 +288,7 @@ def _pruner(
     ) -> tuple[PyTree, Nan]:
         shapes = tree.shapes(params, prunable)
         live = tree.pick(masks, shapes)
-        counts = distribution(shapes, sparsity)
+        counts = distributions.share_budget(distribution, shapes, sparsity)
         if isinstance(counts, Mapping):
             _refuse_counts(selection, shapes, counts)
             counts = _at_most_live(counts, live)
@@ -292,6 +296,11 @@ def _pruner(
         return tree.replace(masks, kept), nan
 
     return prune
+
+
+def _ends(sparsity: Schedule) -> tuple[Sparsity, ...]:
+    """What is known of a schedule before its first step."""
+    return (sparsity.start, sparsity.end) if isinstance(sparsity, Ramp) else ()
 
 
 def _is_traced(values: PyTree) -> bool:
