@@ -4,6 +4,7 @@ A value schedule maps a step to a sparsity or to a drop fraction; a refresh sche
 maps a step to a bool. Steps count the optimiser's updates from 0 and may be traced.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,24 +15,72 @@ Schedule = Callable[[Step], float | jax.Array]
 When = Callable[[Step], jax.Array]
 
 
-def constant(value: float) -> Schedule:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ramp:
+    """From one value to another, and constant before and after.
+
+    `end + (start - end) * (1 - (step - begin) / steps)^power`. Who is given one can ask
+    for its ends before any step is taken, as rules do.
+
+    Attributes:
+      start: the value up to step `begin`, in [0, 1] or traced.
+      end: the value from step `begin + steps` on, likewise.
+      steps: at least 1.
+      begin: the step at which it begins to change.
+      power: 1 for a line.
+
+    Raises:
+      ValueError: a value or the number of steps is out of its range.
+
+    >>> float(Ramp(start=0.0, end=0.5, steps=4)(2))
+    0.25
+    """
+
+    start: float | jax.Array
+    end: float | jax.Array
+    steps: int
+    begin: int = 0
+    power: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks the ends that are known."""
+        _check_steps(self.steps)
+        for value in (self.start, self.end):
+            if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) <= 1:
+                raise ValueError(
+                    "expected a schedule of fractions, in [0, 1], got the value "
+                    f"{value}; write 90 % as 0.9"
+                )
+
+    def __call__(self, step: Step) -> jax.Array:
+        """The value at a step."""
+        left = 1 - _progress(step, self.begin, self.steps)
+        # From the end backwards: the end is met to the bit.
+        return self.end + (self.start - self.end) * left**self.power
+
+
+def constant(value: float | jax.Array) -> Schedule:
     """The same value at every step.
+
+    Raises:
+      ValueError: the value is known and outside of [0, 1].
 
     >>> float(constant(0.5)(10))
     0.5
     """
-    return lambda step: jnp.asarray(value, jnp.float32)
+    return Ramp(value, value, 1)
 
 
 def linear(start: float, end: float, steps: int, begin: int = 0) -> Schedule:
     """From `start` at step `begin` to `end` at step `begin + steps`, in a line.
 
+    Raises:
+      ValueError: an end is known and outside of [0, 1], or there is no step.
+
     >>> [float(linear(0.0, 0.8, 4)(step)) for step in (0, 2, 9)]
     [0.0, 0.4000000059604645, 0.800000011920929]
     """
-    _check_steps(steps)
-    # From the end backwards: the end is met to the bit.
-    return lambda step: end + (start - end) * (1 - _progress(step, begin, steps))
+    return Ramp(start, end, steps, begin)
 
 
 def cubic(end: float, steps: int, begin: int = 0, start: float = 0.0) -> Schedule:
@@ -40,11 +89,13 @@ def cubic(end: float, steps: int, begin: int = 0, start: float = 0.0) -> Schedul
     `end + (start - end) * (1 - (step - begin) / steps)^3`, constant outside of it. From
     Zhu and Gupta (arXiv 1710.01878).
 
+    Raises:
+      ValueError: an end is known and outside of [0, 1], or there is no step.
+
     >>> [round(float(cubic(0.8, 4)(step)), 3) for step in (0, 1, 2, 4, 9)]
     [0.0, 0.463, 0.7, 0.8, 0.8]
     """
-    _check_steps(steps)
-    return lambda step: end + (start - end) * (1 - _progress(step, begin, steps)) ** 3
+    return Ramp(start, end, steps, begin, power=3)
 
 
 def cosine(start: float, steps: int) -> Schedule:

@@ -466,6 +466,59 @@ def test_a_number_in_place_of_a_schedule_is_refused(number):
         rules.gradual(number)
 
 
+SCHEDULED = [rules.gradual, rules.movement, rules.granet]
+
+
+@pytest.mark.parametrize("rule", SCHEDULED)
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        schedules.cubic(1.0, 3),
+        schedules.constant(1.0),
+        schedules.linear(0.0, 0.999, 3),  # Of 112 weights none.
+        schedules.cubic(np.float32(1.0), 3, start=0.5),
+    ],
+)
+def test_schedules_that_end_without_a_live_weight_are_refused(rule, schedule):
+    for init in (rule(schedule).init, jit(rule(schedule).init)):
+        with pytest.raises(
+            ValueError, match=r"expected a sparsity (in \[0, 1\)|of at)"
+        ):
+            init(normals(0), KEY)
+
+
+@pytest.mark.parametrize("rule", SCHEDULED)
+def test_schedules_that_a_distribution_cannot_follow_are_refused(rule):
+    half = distributions.explicit({"*": 0.5})
+    rule(schedules.cubic(0.5, 3), distribution=half).init(normals(0), KEY)
+    with pytest.raises(ValueError, match=r"sparsity of at most 0\.5, got 0\.9"):
+        rule(schedules.cubic(0.9, 3), distribution=half).init(normals(0), KEY)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *(rules.static, rules.rigl, rules.largest, rules.one_shot),
+        lambda sparsity: rules.ac_dc(sparsity, schedules.every(2)),
+    ],
+)
+def test_a_sparsity_that_leaves_no_weight_is_refused(rule):
+    message = r"at most 0\.99107\d*, at which 1 of 112 .* got 0\.999, at which none is"
+    with pytest.raises(ValueError, match=message):
+        rule(0.999).init(normals(0), KEY)
+    with pytest.raises(ValueError, match=message):
+        jit(rule(0.999).init)(normals(0), KEY)
+    rule(0.9911).init(normals(0), KEY)
+    # What is traced cannot be looked at.
+    jit(lambda sparsity: rule(sparsity).init(normals(0), KEY))(0.999)
+
+
+def test_a_leaf_may_be_empty_where_the_network_is_not():
+    rule = rules.static(0.9, uniform)
+    live = rule.init(normals(0, {"a": (2, 2), "b": (8, 8)}), KEY)
+    assert live_counts(live) == {"a": 0, "b": 7}
+
+
 # Many devices.
 
 
@@ -524,6 +577,20 @@ def test_iterations_meet_the_count_and_leave_what_is_pruned():
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a & ~b, False), after, half)
     with pytest.raises(ValueError, match="at least 1 iteration, got 0"):
         rules.one_shot(0.6, iterations=0)
+
+
+def test_iterations_outside_of_compiled_functions_are_not_compiled():
+    seen = []
+
+    def score(params, grads, key):
+        seen.extend(jax.tree.leaves(params))
+        return jax.tree.map(jnp.abs, params)
+
+    params = normals(3)
+    rule = rules.one_shot(0.6, score, iterations=5)
+    rule.update(rule.init(params, KEY), params, None, 0, KEY)
+    assert len(seen) == 5 * len(jax.tree.leaves(params))
+    assert not any(isinstance(leaf, jax.core.Tracer) for leaf in seen)
 
 
 def test_the_largest_are_chosen_from_all_weights_and_may_come_back():

@@ -59,6 +59,20 @@ def test_ends_are_exact():
     assert schedules.cosine(0.3, 20)(10**9) == 0
 
 
+@pytest.mark.parametrize("value", [90.0, -0.1, math.nan, math.inf, np.float32(1.5)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        schedules.constant,
+        lambda value: schedules.cubic(value, 3),
+        lambda value: schedules.linear(value, 0.5, 3),
+    ],
+)
+def test_ends_that_are_no_fractions_are_refused(make, value):
+    with pytest.raises(ValueError, match=r"fractions, in \[0, 1\], got the value"):
+        make(value)
+
+
 def test_ends_may_be_traced():
     sweep = jax.jit(jax.vmap(lambda end: schedules.cubic(end, 4)(jnp.int32(4))))
     np.testing.assert_array_equal(sweep(jnp.array([0.5, 0.9])), np.float32([0.5, 0.9]))

@@ -11,11 +11,13 @@ import optax
 import pytest
 from flax import nnx
 
-from d2sparse import masks, rules, schedules, tree
+from d2sparse import masks, rules, schedules, scores, tree
 from d2sparse.masks import apply_masks, is_gap
 from d2sparse.transforms import (
+    check_refreshes,
     get_masks,
     mask_moments,
+    refreshes_are_sound,
     set_masks,
     sparse_states,
     sparsify,
@@ -441,6 +443,84 @@ def test_growth_gradients_are_computed_at_refreshes_only_and_decide_growth():
         assert len(calls) == (count >= 2)
     # The inner optimiser saw the other gradient, which is 0 there.
     assert params["w"].tolist() == [[4.0, 0.0, 0.0, 0.0]]
+
+
+def test_an_eager_step_between_refreshes_does_not_touch_the_rule():
+    calls = []
+
+    def update(live, params, grads, step, key):
+        calls.append(int(step))  # Raises where the step is traced.
+        return live
+
+    rule = rules.static(0.5)._replace(update=update)
+    tx = sparsify(optax.sgd(0.1), rule, schedules.at([1]))
+    state = tx.init(normals(0))
+    for _ in range(3):
+        _, state = tx.update(normals(1), state, normals(0))
+    assert calls == [1]
+
+
+def test_a_score_of_nan_is_refused_by_an_eager_step_and_the_leaf_named():
+    tx = sparsify(optax.sgd(0.1), rules.one_shot(0.5, nan_in_head), schedules.at([0]))
+    with pytest.raises(ValueError, match="without NaN, got NaN at 'head/kernel'"):
+        tx.update(normals(1), tx.init(normals(0)), normals(0))
+
+
+def nan_in_head(params, grads, key):
+    """A score that is NaN in one leaf, of weights and gradients that are finite."""
+    return tree.map_with_path(
+        lambda path, w: jnp.abs(w) + (np.nan if path == "head/kernel" else 0.0), params
+    )
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        rules.one_shot(0.5, nan_in_head),
+        rules.one_shot(0.5, nan_in_head, iterations=3),
+        rules.gradual(lambda step: 0.5, nan_in_head),
+        rules.ac_dc(0.5, lambda step: True, nan_in_head),
+        rules.prune_and_grow(0.5, nan_in_head),
+    ],
+)
+def test_a_compiled_refresh_notes_scores_of_nan(rule):
+    tx = sparsify(optax.sgd(0.1), rule, schedules.at([1]))
+    state, update = tx.init(normals(0)), jit(tx.update)
+    _, state = update(normals(1), state, normals(0))
+    check_refreshes(state)
+    _, state = update(normals(1), state, normals(0))
+    assert not refreshes_are_sound(state)
+    with pytest.raises(ValueError, match=r"NaN in \['head/kernel'\]; lower"):
+        check_refreshes(state)
+
+
+def test_a_compiled_refresh_notes_a_score_of_zero_times_infinity():
+    rule = rules.one_shot(0.5, scores.saliency)
+    tx = sparsify(optax.sgd(0.1), rule, schedules.at([0]))
+    params = {"kernel": jnp.array([[0.0, 1.0]])}
+    grads = {"kernel": jnp.array([[np.inf, 1.0]])}
+    _, state = jit(tx.update)(grads, tx.init(params), params)
+    with pytest.raises(ValueError, match=r"NaN in \['kernel'\]"):
+        check_refreshes(state)
+
+
+def test_a_rule_of_ones_own_may_note_nan():
+    def noted(live, params, grads, step, key):
+        return live, {"head/kernel": jnp.any(step >= 0)}
+
+    rule = rules.static(0.5)._replace(update=rules.Noting(noted))
+    tx = sparsify(optax.sgd(0.1), rule, schedules.at([0]))
+    _, state = jit(tx.update)(normals(1), tx.init(normals(0)), normals(0))
+    assert state.nan.tolist() == [False, False, True]
+
+
+def test_a_sparsity_out_of_range_is_refused_by_an_eager_step():
+    rule = rules.gradual(lambda step: 1.5 * step)
+    tx = sparsify(optax.sgd(0.1), rule, schedules.at([1]))
+    state = tx.init(normals(0))
+    _, state = tx.update(normals(1), state, normals(0))
+    with pytest.raises(ValueError, match=r"sparsity in \[0, 1\)"):
+        tx.update(normals(1), state, normals(0))
 
 
 def conditions(jaxpr):

@@ -13,6 +13,7 @@ from d2sparse.distributions.budget import (
     Sparsity,
     check_sparsity,
     hand_out,
+    share_budget,
 )
 from d2sparse.distributions.shares import er, erk, global_, uniform
 from d2sparse.distributions.table import explicit
@@ -27,5 +28,6 @@ __all__ = [
     "explicit",
     "global_",
     "hand_out",
+    "share_budget",
     "uniform",
 ]

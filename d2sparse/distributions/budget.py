@@ -33,6 +33,33 @@ def check_sparsity(sparsity: Sparsity) -> Sparsity:
     return sparsity
 
 
+def share_budget(
+    distribution: Distribution, shapes: Shapes, sparsity: Sparsity
+) -> Counts:
+    """How many weights a distribution keeps, which is more than none.
+
+    A single leaf may be empty. The whole network is not, while the sparsity is known.
+
+    Raises:
+      ValueError: the sparsity is outside [0, 1), it rounds to no live weight at all, or
+        the distribution cannot reach it.
+
+    >>> from d2sparse.distributions import uniform
+    >>> {p: int(n) for p, n in share_budget(uniform, {"w": (4, 4)}, 0.75).items()}
+    {'w': 4}
+    """
+    check_sparsity(sparsity)
+    total = int(sizes(shapes).sum())
+    known = not isinstance(sparsity, jax.core.Tracer)
+    if known and total and not int(keep(total, sparsity)):
+        raise ValueError(
+            f"expected a sparsity of at most {1 - 1 / total:.9g}, at which 1 of "
+            f"{total} prunable weights is live, got {sparsity}, at which none is; "
+            "lower it"
+        )
+    return distribution(shapes, sparsity)
+
+
 def array_module(sparsity: Sparsity) -> Any:
     """`jax.numpy` for arrays of JAX, traced ones too; `numpy` for numbers.
 

@@ -11,16 +11,19 @@ its paper gave it.
     move      prune_and_grow, set_, rigl, sparse_momentum, granet
 
 A score that is NaN is a `ValueError` outside of compiled functions; inside of them it
-counts as the lowest, so that the density holds, and `sparsify` notes it in its state.
+counts as the lowest, so that the density holds, and `sparsify` notes the leaf in its
+state: that of every rule here, and of your own where their `update` is a `Noting`. Of a
+plain function it notes NaN in the weights and gradients alone.
 """
 
-from d2sparse.rules.base import MaskRule
+from d2sparse.rules.base import MaskRule, Noting, refresh
 from d2sparse.rules.growing import granet, prune_and_grow, rigl, set_, sparse_momentum
 from d2sparse.rules.keeping import fixed, static
 from d2sparse.rules.pruning import ac_dc, gradual, largest, movement, one_shot
 
 __all__ = [
     "MaskRule",
+    "Noting",
     "ac_dc",
     "fixed",
     "gradual",
@@ -29,6 +32,7 @@ __all__ = [
     "movement",
     "one_shot",
     "prune_and_grow",
+    "refresh",
     "rigl",
     "set_",
     "sparse_momentum",

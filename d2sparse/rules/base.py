@@ -19,13 +19,18 @@ from d2sparse.tree import Counts, PyTree
 _LOWEST = float(np.finfo(np.float32).min)
 
 
+Nan = dict[str, jax.Array]  # bool[] by path: whether a score of the leaf is NaN.
+Noted = Callable[[PyTree, PyTree, PyTree, Step, jax.Array], tuple[PyTree, Nan]]
+
+
 class MaskRule(NamedTuple):
     """How masks begin and how they change.
 
     Attributes:
       init: `(params, key) -> masks`.
       update: `(masks, params, grads, step, key) -> masks`, called at a refresh. The
-        gradients are dense: pruned weights have theirs too.
+        gradients are dense: pruned weights have theirs too. Where it is a `Noting`, a
+        compiled refresh hears of scores that are NaN.
       observe: what `update` is shown as `grads`: the dense gradients of every step,
         transformed by this, such as `optax.ema(0.9)`. None shows the gradient itself.
     """
@@ -33,6 +38,59 @@ class MaskRule(NamedTuple):
     init: Callable[[PyTree, jax.Array], PyTree]
     update: Callable[[PyTree, PyTree, PyTree, Step, jax.Array], PyTree]
     observe: optax.GradientTransformation | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Noting:
+    """The `update` of a rule that can tell, beside the masks, which scores are NaN.
+
+    A compiled function cannot raise; who calls it through `refresh` hears of them.
+
+    Attributes:
+      noted: `(masks, params, grads, step, key) -> (masks, nan)`.
+
+    >>> update = Noting(lambda masks, *rest: (masks, {"w": jnp.array(True)}))
+    >>> update({"w": 1}, None, None, 0, jax.random.key(0))
+    {'w': 1}
+    """
+
+    noted: Noted
+
+    def __call__(
+        self, masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
+    ) -> PyTree:
+        """The masks alone."""
+        return self.noted(masks, params, grads, step, key)[0]
+
+
+def refresh(
+    rule: MaskRule,
+    masks: PyTree,
+    params: PyTree,
+    grads: PyTree,
+    step: Step,
+    key: jax.Array,
+) -> tuple[PyTree, Nan]:
+    """The `update` of a rule, and for which leaves it has met scores that are NaN.
+
+    Of a rule of your own, whose update is a plain function, no scores are known.
+
+    >>> rule = MaskRule(lambda params, key: params, lambda masks, *rest: masks)
+    >>> refresh(rule, {"w": 1}, None, None, 0, jax.random.key(0))
+    ({'w': 1}, {})
+    """
+    if isinstance(rule.update, Noting):
+        return rule.update.noted(masks, params, grads, step, key)
+    return rule.update(masks, params, grads, step, key), {}
+
+
+def either(first: Nan, second: Nan) -> Nan:
+    """What either of two notes of the same leaves tells.
+
+    >>> either({"w": jnp.array(True)}, {"w": jnp.array(False)})
+    {'w': Array(True, dtype=bool)}
+    """
+    return {path: first[path] | second[path] for path in first}
 
 
 def largest_scores(
@@ -44,7 +102,7 @@ def largest_scores(
     counts: Counts,
     key: jax.Array | None = None,
     tie_key: jax.Array | None = None,
-) -> dict[str, jax.Array]:
+) -> tuple[dict[str, jax.Array], Nan]:
     """Masks of the largest scores among eligible entries.
 
     A score that is NaN is the lowest of those.
@@ -60,6 +118,9 @@ def largest_scores(
       tie_key: random key of the order in which ties are broken; None leaves them to
         the lower index.
 
+    Returns:
+      `(masks, nan)`: bool[...] by path, and by path whether an eligible score is NaN.
+
     Raises:
       ValueError: the score needs gradients and there are none; or, outside of compiled
         functions, an eligible score is NaN.
@@ -67,16 +128,17 @@ def largest_scores(
     >>> from d2sparse.masks import select
     >>> from d2sparse.scores import magnitude
     >>> params, eligible = {"w": jnp.array([-2.0, 1.0])}, {"w": jnp.ones(2, bool)}
-    >>> masks = largest_scores(select, magnitude, eligible, params, None, {"w": 1})
-    >>> masks["w"].tolist()
-    [True, False]
+    >>> masks, nan = largest_scores(select, magnitude, eligible, params, None, {"w": 1})
+    >>> masks["w"].tolist(), bool(nan["w"])
+    ([True, False], False)
     """
     ranks = _rank(score, eligible, params, grads, key)
-    for path, lazy in ranks.items():
-        _refuse_nan(path, lazy)
+    nan = {path: _has_nan(lazy) for path, lazy in ranks.items()}
+    _refuse_nan(nan)
     if selection is select:
-        return select(ranks, counts, tie_key)
-    return selection({p: lazy.value() for p, lazy in ranks.items()}, counts, tie_key)
+        return select(ranks, counts, tie_key), nan
+    values = {path: lazy.value() for path, lazy in ranks.items()}
+    return selection(values, counts, tie_key), nan
 
 
 def is_local(score: Score) -> bool:
@@ -134,14 +196,20 @@ class _Among:
         return jnp.where(eligible, score, -jnp.inf)
 
 
-def _refuse_nan(path: str, scores: Lazy) -> None:
+def _has_nan(scores: Lazy) -> jax.Array:
+    """bool[], of eligible scores. A maximum: `any` writes its bools out on a CPU."""
     eligible, *parts = scores.arrays
-    if any(isinstance(x, jax.core.Tracer) for x in scores.arrays):
-        return
-    found = jnp.any(jnp.isnan(cast(_Among, scores.of).values(*parts)) & eligible)
-    # Inside of a branch also what is computed from known arrays is not known.
-    if not isinstance(found, jax.core.Tracer) and bool(found):
+    values = cast(_Among, scores.of).values(*parts)
+    if not scores.size or not jnp.issubdtype(values.dtype, jnp.inexact):
+        return jnp.zeros((), bool)
+    return jnp.isnan(jnp.max(jnp.where(eligible, values, -jnp.inf)))
+
+
+def _refuse_nan(nan: Nan) -> None:
+    """Raises where it is known which scores are NaN: outside of compiled functions."""
+    known = {p: x for p, x in nan.items() if not isinstance(x, jax.core.Tracer)}
+    if found := [path for path, has in known.items() if bool(has)]:
         raise ValueError(
-            f"expected scores without NaN, got NaN at {path!r}; look for NaN in the "
-            "weights and gradients that the rule is given"
+            f"expected scores without NaN, got NaN at {found[0]!r}; look for NaN in "
+            "the weights and gradients that the rule is given"
         )

@@ -7,7 +7,14 @@ import optax
 from d2sparse import distributions, masks, scores, tree
 from d2sparse.distributions import Distribution, Sparsity
 from d2sparse.masks import Selection, count_live, select
-from d2sparse.rules.base import MaskRule, largest_scores
+from d2sparse.rules.base import (
+    MaskRule,
+    Nan,
+    Noting,
+    either,
+    largest_scores,
+    refresh,
+)
 from d2sparse.rules.keeping import static
 from d2sparse.rules.pruning import gradual
 from d2sparse.schedules import Schedule, Step
@@ -50,14 +57,16 @@ def prune_and_grow(
     """
     begin = static(sparsity, distribution, prunable, selection)
 
-    def update(
+    def noted(
         masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
-    ) -> PyTree:
+    ) -> tuple[PyTree, Nan]:
         live = tree.pick(masks, tree.shapes(params, prunable))
         fraction = drop_fraction(step) if callable(drop_fraction) else drop_fraction
         counts = {path: count_live(mask) for path, mask in live.items()}
         stays = {path: n - _share(fraction, n) for path, n in counts.items()}
-        kept = largest_scores(selection, scores.magnitude, live, params, grads, stays)
+        kept, nan = largest_scores(
+            selection, scores.magnitude, live, params, grads, stays
+        )
         if selection is not select:
             # Of patterns whole groups stay, not always as many as were asked for.
             stays = {path: count_live(mask) for path, mask in kept.items()}
@@ -65,12 +74,13 @@ def prune_and_grow(
         growth_key, tie_key = jax.random.split(key)
         falls = {path: counts[path] - stays[path] for path in live}
         others = {path: ~mask for path, mask in kept.items()}
-        grown = largest_scores(
+        grown, nan_outside = largest_scores(
             selection, growth, others, params, grads, falls, growth_key, tie_key
         )
-        return tree.replace(masks, {path: kept[path] | grown[path] for path in live})
+        moved = {path: kept[path] | grown[path] for path in live}
+        return tree.replace(masks, moved), either(nan, nan_outside)
 
-    return MaskRule(begin.init, update)
+    return MaskRule(begin.init, Noting(noted))
 
 
 def set_(
@@ -165,7 +175,7 @@ def granet(
       selection: which patterns may be live.
 
     Raises:
-      ValueError: the sparsity is a number and not a schedule.
+      ValueError: as `gradual`.
 
     >>> from d2sparse.schedules import linear
     >>> rule, key = granet(linear(0.0, 0.5, 2), 0.5), jax.random.key(0)
@@ -181,16 +191,18 @@ def granet(
     )
 
     def init(params: PyTree, key: jax.Array) -> PyTree:
+        prune.init(params, key)  # Complains of a schedule that cannot be followed.
         begin = static(sparsity(0), distributions.erk, prunable, selection)
         return begin.init(params, key)
 
-    def update(
+    def noted(
         masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
-    ) -> PyTree:
-        masks = prune.update(masks, params, grads, step, key)
-        return move.update(masks, params, grads, step, key)
+    ) -> tuple[PyTree, Nan]:
+        masks, nan = refresh(prune, masks, params, grads, step, key)
+        masks, nan_moving = refresh(move, masks, params, grads, step, key)
+        return masks, either(nan, nan_moving)
 
-    return MaskRule(init, update)
+    return MaskRule(init, Noting(noted))
 
 
 def _share(fraction: jax.Array | float, count: jax.Array) -> jax.Array:

@@ -46,6 +46,10 @@ def static(
       prunable: predicate on (path, leaf).
       selection: which patterns may be live: `masks.select`, `masks.n_of_m(4)`, ...
 
+    Raises:
+      ValueError: the sparsity is out of its range; or, at `init`, out of the reach of
+        the distribution, or so high that no weight would be live.
+
     >>> import jax.numpy as jnp
     >>> rule = static(0.75)
     >>> masks = rule.init({"kernel": jnp.ones((4, 4))}, jax.random.key(0))
@@ -55,7 +59,8 @@ def static(
     distributions.check_sparsity(sparsity)
 
     def init(params: PyTree, key: jax.Array) -> PyTree:
-        counts = distribution(tree.shapes(params, prunable), sparsity)
+        shapes = tree.shapes(params, prunable)
+        counts = distributions.share_budget(distribution, shapes, sparsity)
         ranks = scores.random(tree.prunable_leaves(params, prunable), None, key)
         return tree.replace(dense_masks(params), selection(ranks, counts, None))
 

@@ -8,8 +8,16 @@ import jax.numpy as jnp
 from d2sparse import distributions, masks, scores, tree
 from d2sparse.distributions import Distribution, Sparsity
 from d2sparse.masks import Selection, apply_masks, count_live, dense_masks
-from d2sparse.rules.base import MaskRule, is_local, largest_scores
-from d2sparse.schedules import Schedule, Step, When
+from d2sparse.rules.base import (
+    MaskRule,
+    Nan,
+    Noting,
+    either,
+    is_local,
+    largest_scores,
+    refresh,
+)
+from d2sparse.schedules import Ramp, Schedule, Step, When, constant
 from d2sparse.scores import Score
 from d2sparse.tree import Count, Prunable, PyTree, is_kernel
 
@@ -55,25 +63,36 @@ def one_shot(
     if iterations < 1 or iterations != int(iterations):
         raise ValueError(f"expected at least 1 iteration, got {iterations}")
     prune = _pruner(score, distribution, prunable, selection)
-    init = gradual(lambda step: sparsity, score, distribution, prunable).init
+    init = gradual(constant(sparsity), score, distribution, prunable).init
 
-    def update(
+    def noted(
         masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
-    ) -> PyTree:
+    ) -> tuple[PyTree, Nan]:
         del step
 
-        def pruned(masks: PyTree, sparsity: Sparsity) -> PyTree:
+        def pruned(masks: PyTree, sparsity: Sparsity) -> tuple[PyTree, Nan]:
             left = params if is_local(score) else apply_masks(params, masks)
             return prune(masks, left, grads, sparsity, key)
 
-        def iteration(i: jax.Array, masks: PyTree) -> PyTree:
-            return pruned(masks, 1 - (1 - sparsity) ** (i / jnp.float32(iterations)))
+        def iteration(
+            i: int | jax.Array, before: tuple[PyTree, Nan]
+        ) -> tuple[PyTree, Nan]:
+            share = i / jnp.float32(iterations)
+            masks, nan = pruned(before[0], 1 - (1 - sparsity) ** share)
+            return masks, either(nan, before[1])
 
-        if iterations > 1:
-            masks = jax.lax.fori_loop(1, iterations, iteration, masks)
-        return pruned(masks, sparsity)
+        none = {p: jnp.zeros((), bool) for p in tree.shapes(params, prunable)}
+        before, given = (masks, none), (masks, params, grads, sparsity, key)
+        if iterations > 1 and _is_traced(given):
+            before = jax.lax.fori_loop(1, iterations, iteration, before)
+        else:
+            # Outside of a compiled function the loop would be compiled at every call.
+            for i in range(1, iterations):
+                before = iteration(i, before)
+        masks, nan = pruned(before[0], sparsity)
+        return masks, either(nan, before[1])
 
-    return MaskRule(init, update)
+    return MaskRule(init, Noting(noted))
 
 
 def gradual(
@@ -97,7 +116,9 @@ def gradual(
       selection: which patterns may be live.
 
     Raises:
-      ValueError: the sparsity is a number and not a schedule.
+      ValueError: the sparsity is a number and not a schedule; or, at `init`, the ends
+        of a schedule made by `linear`, `cubic` or `constant` are no sparsities that can
+        be reached. Outside of compiled functions every refresh looks at its own.
 
     >>> from d2sparse.schedules import linear
     >>> rule, key = gradual(linear(0.0, 0.5, 2)), jax.random.key(0)
@@ -114,17 +135,19 @@ def gradual(
 
     def init(params: PyTree, key: jax.Array) -> PyTree:
         del key
-        tree.prunable_leaves(params, prunable)  # Complains where there is none.
+        shapes = tree.shapes(params, prunable)  # Complains where there is none.
+        for value in _ends(sparsity):
+            distributions.share_budget(distribution, shapes, value)
         return dense_masks(params)
 
     prune = _pruner(score, distribution, prunable, selection)
 
-    def update(
+    def noted(
         masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
-    ) -> PyTree:
+    ) -> tuple[PyTree, Nan]:
         return prune(masks, params, grads, sparsity(step), key)
 
-    return MaskRule(init, update)
+    return MaskRule(init, Noting(noted))
 
 
 def movement(
@@ -189,15 +212,15 @@ def largest(
     prune = _pruner(score, distribution, prunable, selection)
 
     def init(params: PyTree, key: jax.Array) -> PyTree:
-        return update(dense_masks(params), params, None, 0, key)
+        return noted(None, params, None, 0, key)[0]
 
-    def update(
+    def noted(
         masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
-    ) -> PyTree:
+    ) -> tuple[PyTree, Nan]:
         del masks, step
         return prune(dense_masks(params), params, grads, sparsity, key)
 
-    return MaskRule(init, update)
+    return MaskRule(init, Noting(noted))
 
 
 def ac_dc(
@@ -236,25 +259,25 @@ def ac_dc(
     [[True, True]]
     """
     sparse = largest(sparsity, score, distribution, prunable, selection)
-    init = gradual(lambda step: sparsity, score, distribution, prunable).init
+    init = gradual(constant(sparsity), score, distribution, prunable).init
 
-    def update(
+    def noted(
         masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
-    ) -> PyTree:
-        chosen = sparse.update(masks, params, grads, step, key)
+    ) -> tuple[PyTree, Nan]:
+        chosen, nan = refresh(sparse, masks, params, grads, step, key)
         dense = jnp.logical_not(compressed(step))
-        return jax.tree.map(lambda mask: mask | dense, chosen)
+        return jax.tree.map(lambda mask: mask | dense, chosen), nan
 
-    return MaskRule(init, update)
+    return MaskRule(init, Noting(noted))
 
 
-Prune = Callable[[PyTree, PyTree, PyTree, Sparsity, jax.Array], PyTree]
+Prune = Callable[[PyTree, PyTree, PyTree, Sparsity, jax.Array], tuple[PyTree, Nan]]
 
 
 def _pruner(
     score: Score, distribution: Distribution, prunable: Prunable, selection: Selection
 ) -> Prune:
-    """`(masks, params, grads, sparsity, key) -> masks` of the largest live scores."""
+    """`(masks, params, grads, sparsity, key) -> (masks, nan)`: largest live scores."""
 
     def prune(
         masks: PyTree,
@@ -262,17 +285,26 @@ def _pruner(
         grads: PyTree,
         sparsity: Sparsity,
         key: jax.Array,
-    ) -> PyTree:
+    ) -> tuple[PyTree, Nan]:
         shapes = tree.shapes(params, prunable)
         live = tree.pick(masks, shapes)
-        counts = distribution(shapes, sparsity)
+        counts = distributions.share_budget(distribution, shapes, sparsity)
         if isinstance(counts, Mapping):
             _refuse_counts(selection, shapes, counts)
             counts = _at_most_live(counts, live)
-        kept = largest_scores(selection, score, live, params, grads, counts, key)
-        return tree.replace(masks, kept)
+        kept, nan = largest_scores(selection, score, live, params, grads, counts, key)
+        return tree.replace(masks, kept), nan
 
     return prune
+
+
+def _ends(sparsity: Schedule) -> tuple[Sparsity, ...]:
+    """What is known of a schedule before its first step."""
+    return (sparsity.start, sparsity.end) if isinstance(sparsity, Ramp) else ()
+
+
+def _is_traced(values: PyTree) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
 def _refuse_counts(

@@ -21,8 +21,8 @@ class SparsifyState(NamedTuple):
       masks: tree of bool like the parameters.
       inner: state of the inner optimiser.
       observed: state of what the rule observes, empty where that is the gradient.
-      nan: bool[leaves], which leaves had a NaN in their weights or gradients at a
-        refresh; `check_refreshes` tells of them.
+      nan: bool[leaves], which leaves had a NaN in their weights, gradients or scores at
+        a refresh; `check_refreshes` tells of them.
     """
 
     step: jax.Array
@@ -121,8 +121,9 @@ def check_refreshes(opt_state: optax.OptState) -> None:
     """Raises if a refresh of the masks has met a NaN.
 
     A compiled function cannot raise. There a score that is NaN counts as the lowest,
-    the leaf is noted in the state, and this tells of it. `d2sparse.train` leaves such
-    updates out by itself.
+    the leaf is noted in the state, and this tells of it; NaN in weights and gradients
+    is noted too. Of the scores of a rule of your own it tells where the rule's `update`
+    is a `d2sparse.rules.Noting`. `d2sparse.train` leaves such updates out by itself.
 
     Args:
       opt_state: state of an optimiser, outside of compiled functions.
@@ -140,9 +141,9 @@ def check_refreshes(opt_state: optax.OptState) -> None:
         if nan.any():
             paths = np.array(list(tree.flatten(state.masks)))[nan].tolist()
             raise ValueError(
-                "expected weights and gradients without NaN at a refresh of the masks, "
-                f"got NaN in {paths}; lower the learning rate, clip the gradient, or "
-                "look for a division by zero in the loss"
+                "expected weights, gradients and scores without NaN at a refresh of "
+                f"the masks, got NaN in {paths}; lower the learning rate, clip the "
+                "gradient, or look for a division by zero in the loss or the score"
             )
 
 

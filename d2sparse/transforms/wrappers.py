@@ -1,13 +1,13 @@
 """Optax optimisers under masks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from d2sparse import tree
+from d2sparse import rules, tree
 from d2sparse.masks import apply_masks, is_gap
 from d2sparse.rules import MaskRule
 from d2sparse.schedules import When, every
@@ -146,13 +146,17 @@ def _under_masks(
             else:
                 grads = growth_fn()
             key = jax.random.fold_in(state.key, state.step)
-            masks = rule.update(state.masks, params, grads, state.step, key)
+            masks, nan = rules.refresh(
+                rule, state.masks, params, grads, state.step, key
+            )
+            paths = list(tree.flatten(params))
             # Growth gradients may be those of more leaves than this wrapper sees.
-            own = tree.pick(grads, tree.flatten(params))
-            return masks, state.nan | _has_nan(params) | _has_nan(list(own.values()))
+            own = tree.pick(grads, paths)
+            found = _has_nan(params) | _has_nan(list(own.values()))
+            return masks, state.nan | found | _in_order(nan, paths)
 
         due = when(state.step) if refresh is None else refresh
-        masks, nan = jax.lax.cond(due, refreshed, lambda: (state.masks, state.nan))
+        masks, nan = _branch(due, refreshed, lambda: (state.masks, state.nan))
         moments = mask_moments(inner, state.inner, masks)
         changes, moments = inner.update(
             apply_masks(updates, masks), moments, params, **extra_args
@@ -196,6 +200,15 @@ def mask_moments(
     return optax.tree.map_params(inner, masked, state, masks, is_leaf=is_gap)
 
 
+def _branch(
+    due: jax.Array | bool, refreshed: Callable[[], Any], kept: Callable[[], Any]
+) -> Any:
+    if isinstance(due, jax.core.Tracer):
+        return jax.lax.cond(due, refreshed, kept)
+    # In an eager loop a `cond` of new closures would be compiled at every step.
+    return refreshed() if bool(due) else kept()
+
+
 def _placed_as(mask: jax.Array, param: Any) -> jax.Array:
     return mask & jnp.ones_like(param, bool)
 
@@ -212,6 +225,12 @@ def _has_nan(leaves: PyTree) -> jax.Array:
         jnp.isnan(jnp.max(leaf)) if leaf.size else jnp.zeros((), bool)
         for leaf in jax.tree.leaves(leaves)
     ]
+    return jnp.stack(found) if found else jnp.zeros(0, bool)
+
+
+def _in_order(nan: Mapping[str, jax.Array], paths: Sequence[str]) -> jax.Array:
+    """bool[leaves] of what is known of some of them."""
+    found = [jnp.asarray(nan.get(path, False)) for path in paths]
     return jnp.stack(found) if found else jnp.zeros(0, bool)
 
 
