@@ -37,13 +37,8 @@ from experiments.megabatches.options import (
 )
 from experiments.megabatches.scoring import make_scorer
 from experiments.megabatches.walks import walk_unit
-from experiments.task import (
-    Task,
-    default_workdir,
-    draw_splits,
-    make_prunable,
-    make_task,
-)
+from experiments.splits import draw_splits
+from experiments.task import Task, default_workdir, make_prunable, make_task
 
 _COLUMNS = {
     "method": "method",

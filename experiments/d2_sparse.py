@@ -24,12 +24,8 @@ from experiments import cli, results, units
 from experiments.methods import METHODS, SINGLES, MethodName, make_method
 from experiments.pairs import PairOptions, make_choices
 from experiments.singles import Method
-from experiments.task import (
-    Task,
-    TaskConfig,
-    draw_splits,
-    make_task,
-)
+from experiments.splits import draw_splits
+from experiments.task import Task, TaskConfig, make_task
 from experiments.variants import Variant, variants
 
 _COLUMNS = {

@@ -29,6 +29,7 @@ from d2sparse.transforms import freeze, get_masks, sparsify
 from experiments import cli, results, units
 from experiments.methods import hunt_tickets
 from experiments.singles import Network, Recipe, make_network, rewind_step
+from experiments.splits import draw_splits
 from experiments.task import (
     PrunableName,
     Task,
@@ -36,7 +37,6 @@ from experiments.task import (
     check_choice,
     check_least,
     default_workdir,
-    draw_splits,
     make_prunable,
     make_task,
 )

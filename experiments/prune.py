@@ -23,12 +23,12 @@ from d2sparse.train import TrainState
 from experiments import cli, recipes, results, units
 from experiments.recipes import LEARNED_SPARSITY, RECIPES, Options, RecipeName
 from experiments.singles import Method
+from experiments.splits import draw_splits
 from experiments.task import (
     Task,
     TaskConfig,
     check_least,
     default_workdir,
-    draw_splits,
     make_prunable,
     make_task,
 )

@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -27,7 +26,6 @@ from d2sparse.transforms import average_weights
 from d2sparse.tree import Prunable, PyTree, is_kernel
 from experiments.tickets import load_ticket
 
-MONITOR_SIZE = 1000
 PrunableName = Literal["kernels", "convolutions", "body"]
 _LEAST = {
     "seeds": 1,
@@ -182,58 +180,6 @@ class Task(NamedTuple):
         if self.average_from is None:
             return tx
         return average_weights(tx, self.average_from)
-
-
-@dataclasses.dataclass(frozen=True)
-class Splits:
-    """What one seed trains on and is measured on.
-
-    Attributes:
-      train: the labels that training may use.
-      judge: where the table's numbers come from: the official test set, or the
-        validation part of the labels.
-      monitor: training images outside of the budget, for the learning curves alone;
-        None where there are none.
-    """
-
-    train: Data
-    judge: Data
-    monitor: Data | None
-
-
-def draw_splits(config: TaskConfig, source: data.Source, seed: int) -> Splits:
-    """The budget of a seed, which does not depend on the method.
-
-    Labels are made wrong in training alone: what is judged keeps its own.
-    """
-    labels = source.train.labels
-    check_least(config, {"imbalance": 1})
-    size = config.samples_per_class
-    if config.imbalance > 1:
-        chosen = data.long_tailed(labels, size, config.imbalance, seed)
-    else:
-        chosen = data.budget(labels, size, seed)
-    rest = np.setdiff1d(np.arange(len(labels)), chosen)
-    rest = np.random.default_rng(seed).permutation(rest)[:MONITOR_SIZE]
-
-    def pick(indices: np.ndarray, like: Data | None = None) -> Data:
-        images = source.train.images[indices]
-        return train.to_device(data.Split(images, labels[indices]), like)
-
-    if config.validation_fraction:
-        chosen, held_out = data.holdout(
-            labels, chosen, config.validation_fraction, seed
-        )
-        training = pick(chosen)
-        judge = pick(held_out, training)
-    else:
-        training = pick(chosen)
-        judge = train.to_device(source.test, training)
-    monitor = pick(rest, training) if len(rest) else None
-    noisy = data.noisy_labels(
-        labels[chosen], config.label_noise, source.num_classes, seed
-    )
-    return Splits(training._replace(labels=jnp.asarray(noisy)), judge, monitor)
 
 
 def make_task(

@@ -24,7 +24,8 @@ from experiments import processes, signals
 from experiments.finite import check_finite
 from experiments.session import Interrupted, Session
 from experiments.singles import Method
-from experiments.task import Splits, TaskConfig, draw_splits, run_width
+from experiments.splits import Splits, draw_splits
+from experiments.task import TaskConfig, run_width
 from experiments.variants import Variant
 
 _SHARE = 0.8  # Part of the memory that runs may take.

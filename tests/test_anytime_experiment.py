@@ -17,7 +17,7 @@ from d2sparse.masks import apply_masks, dense_masks
 from experiments import anytime
 from experiments.megabatches import scoring
 from experiments.megabatches.options import LEARNERS, make_timetable
-from experiments.task import draw_splits
+from experiments.splits import draw_splits
 
 TINY = anytime.Config(
     methods=LEARNERS,

@@ -19,7 +19,8 @@ from experiments import cli, d2_sparse, data_efficient_lth, lottery, prune
 from experiments.lottery import Config, resolve
 from experiments.prune import Point
 from experiments.singles import Recipe, make_network
-from experiments.task import draw_splits, make_task, shapes_and_macs
+from experiments.splits import draw_splits
+from experiments.task import make_task, shapes_and_macs
 from experiments.tickets import load_ticket
 
 SEEDS = range(2)

@@ -14,7 +14,8 @@ from d2sparse import models, rules, train
 from d2sparse.data import Split, load
 from d2sparse.transforms import sparsify
 from experiments import d2_sparse, prune, units
-from experiments.task import draw_splits, make_task
+from experiments.splits import draw_splits
+from experiments.task import make_task
 from experiments.variants import variants
 
 SWEEP = prune.Config(

@@ -22,12 +22,8 @@ from experiments.prune import Config, Point
 from experiments.recipes import LEARNED_SPARSITY, RECIPES, Options, make_method
 from experiments.recipes.scored import kernel_inputs, per_output
 from experiments.session import Ledger
-from experiments.task import (
-    default_workdir,
-    draw_splits,
-    make_prunable,
-    make_task,
-)
+from experiments.splits import draw_splits
+from experiments.task import default_workdir, make_prunable, make_task
 from experiments.tickets import save_ticket
 
 SEEDS = range(2)

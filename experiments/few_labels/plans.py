@@ -12,7 +12,8 @@ from experiments.few_labels.cells import Cell, Setting
 from experiments.few_labels.contenders import CONTENDERS, Base
 from experiments.few_labels.options import LowDataOptions
 from experiments.singles import Method
-from experiments.task import draw_splits, make_task
+from experiments.splits import draw_splits
+from experiments.task import make_task
 from experiments.variants import Variant
 
 Values = Mapping[str, Any]  # Of flags, by their names.
