@@ -17,9 +17,10 @@ from d2sparse.transforms import get_masks, sparsify
 from d2sparse.tree import flatten
 
 SIZE, BATCH, STEPS = 24, 8, 8
-KINDS = ("loss", "gradient", "statistics", "refresh")
+KINDS = ("loss", "gradient", "statistics", "refresh", "update")
 # A refresh comes every third step; the other faults fall beside it.
 FAULTS = [("loss", 0), ("gradient", 2), ("statistics", 5), ("refresh", 3)]
+FAULTS += [("update", 4)]
 
 
 class Normed(nn.Module):
@@ -65,7 +66,10 @@ def faulty(state, data, indices):
         return value + slope * poison(hit["gradient"], jnp.inf), (model_state, logs)
 
     step = train.make_train_step(loss, TX, growth_samples=16, when=every(3))
-    return step(state, data, indices)
+    after, logs = step(state, data, indices)
+    # What a learning rate of 1e39 does to a finite gradient.
+    rate = jnp.where(hit["update"], jnp.inf, 1.0)
+    return after._replace(params=jax.tree.map(lambda w: rate * w, after.params)), logs
 
 
 def runner(step, backend):

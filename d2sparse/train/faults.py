@@ -12,14 +12,15 @@ from d2sparse.transforms import refreshes_are_sound
 def guard(step: Step) -> Step:
     """A step that keeps the state where its update would not be finite.
 
-    An update is at fault where a metric of the step, its gradient or a batch statistic
-    is infinite or NaN, or a refresh of the masks has met a NaN. It is left out and
-    counted. A run that does not skip faults takes no update from the first one on; only
-    its step goes on counting, as it does in the runs that are vmapped with it.
+    An update is at fault where a metric of the step, its gradient, a batch statistic or
+    an updated parameter is infinite or NaN, or a refresh of the masks has met a NaN. It
+    is left out and counted. A run that does not skip faults takes no update from the
+    first one on; only its step goes on counting, as it does in the runs that are
+    vmapped with it.
 
     Args:
       step: `(state, data, indices) -> (state, metrics)`. Its metrics may hold "finite",
-        bool[]: whether its gradient is. Without, the updated parameters are looked at.
+        bool[]: whether its gradient is.
 
     Returns:
       The guarded step. In place of "finite" its metrics hold "skipped": 1 where there
@@ -30,7 +31,8 @@ def guard(step: Step) -> Step:
         state: TrainState, data: Data, indices: jax.Array
     ) -> tuple[TrainState, Metrics]:
         new, logs = step(state, data, indices)
-        sound = logs.pop("finite") if "finite" in logs else is_finite(new.params)
+        # Of a finite gradient the optimiser may make an update that is not.
+        sound = logs.pop("finite", True) & is_finite(new.params)
         sound &= is_finite((logs, new.model_state))
         sound &= refreshes_are_sound(new.opt_state)
         going = state.faults.skip | (state.faults.total == 0)
