@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2sparse import tree
-from d2sparse.masks import apply_masks
+from d2sparse.masks import apply_masks, refuse_other_paths
 from d2sparse.tree import PyTree
 
 
@@ -28,10 +28,22 @@ def pack(masks: PyTree) -> PyTree:
     Returns:
       The same tree of uint8[ceil(size / 8)].
 
+    Raises:
+      ValueError: a leaf is neither of bool nor of integers.
+
     >>> pack({"w": jnp.array([[True, False], [False, True]])})
     {'w': Array([144], dtype=uint8)}
     """
-    return jax.tree.map(lambda mask: jnp.packbits(jnp.ravel(mask)), masks)
+
+    def leaf(path: str, mask: jax.Array) -> jax.Array:
+        if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
+            raise ValueError(
+                f"expected a mask of bool at {path!r}, got {mask.dtype}; pass masks "
+                "such as `params != 0`, or `compress` the weights themselves"
+            )
+        return jnp.packbits(jnp.ravel(mask))
+
+    return tree.map_with_path(leaf, masks)
 
 
 def unpack(packed: PyTree, like: PyTree) -> PyTree:
@@ -58,6 +70,7 @@ def unpack(packed: PyTree, like: PyTree) -> PyTree:
         flat = jnp.unpackbits(bits, count=math.prod(model.shape))
         return flat.astype(bool).reshape(model.shape)
 
+    refuse_other_paths(packed, like)
     return jax.tree_util.tree_map_with_path(leaf, like, packed)
 
 

@@ -115,13 +115,20 @@ def soft_threshold(params: PyTree, thresholds: Mapping[str, jax.Array]) -> PyTre
         without one passes unchanged.
 
     Raises:
-      ValueError: there is a threshold for a path that is not in the tree.
+      ValueError: there is a threshold for a path that is not in the tree, or one that
+        is no scalar.
 
     >>> params, s = {"w": jnp.array([0.75, -0.25])}, {"w": jnp.zeros(())}
     >>> soft_threshold(params, s)["w"].tolist()
     [0.25, 0.0]
     """
     tree.replace(params, thresholds)  # Complains of paths that are not in the tree.
+    for path, s in thresholds.items():
+        if jnp.shape(s):
+            raise ValueError(
+                f"expected one threshold for the leaf {path!r}, a scalar, got the "
+                f"shape {jnp.shape(s)}; start from `init_thresholds`"
+            )
     leaves = tree.flatten(params)
     shrunk = {path: _shrink(leaves[path], s) for path, s in thresholds.items()}
     return tree.replace(params, shrunk)

@@ -257,9 +257,18 @@ def test_masks_that_do_not_fit_are_refused():
     params = {"dense": {"w": jnp.ones((2, 3))}}
     with pytest.raises(ValueError, match=r"shape \(2, 3\) at 'dense/w', got \(3,\)"):
         masks.apply_masks(params, {"dense": {"w": jnp.ones(3, bool)}})
-    for other in ({"dense": {}}, {"dense": {"v": jnp.ones((2, 3), bool)}}, {}):
-        with pytest.raises(ValueError, match="ict"):
+    mask = jnp.ones((2, 3), bool)
+    for other in ({"dense": {}}, {"dense": {"v": mask}}, {}, {"dense": mask}, [mask]):
+        message = r"got none for \['dense/w'\] and unknown ones for"
+        with pytest.raises(ValueError, match=message):
             masks.apply_masks(params, other)
+        with pytest.raises(ValueError, match=message):
+            masks.copy_masks(other, params)
+    both = {"dense": {"w": mask, "v": mask}}
+    with pytest.raises(
+        ValueError, match=r"for \[\] and unknown ones for \['dense/v'\]"
+    ):
+        masks.copy_masks(both, params)
 
 
 def test_counts_density_and_sparsity_of_the_prunable_leaves():

@@ -170,8 +170,16 @@ def test_masks_of_other_parameters_are_refused():
     params = {"w": jnp.zeros((2, 3))}
     with pytest.raises(ValueError, match="expected a mask of shape \\(2, 3\\) at 'w'"):
         packing.compress(params, {"w": jnp.ones((3, 2), bool)})
-    with pytest.raises(ValueError, match="key"):
+    message = r"got none for \['w'\] and unknown ones for \['v'\]"
+    with pytest.raises(ValueError, match=message):
         packing.compress(params, {"v": jnp.ones((2, 3), bool)})
+    with pytest.raises(ValueError, match=message):
+        packing.unpack({"v": jnp.zeros(1, jnp.uint8)}, params)
+
+
+def test_only_masks_are_packed():
+    with pytest.raises(ValueError, match="mask of bool at 'w', got float32"):
+        packing.pack({"w": jnp.zeros((2, 3))})
 
 
 SPARSE = packing.compress(

@@ -311,3 +311,8 @@ def test_powerprop_leaves_more_weights_to_prune():
     weights = pruned(2.0, 200)
     np.testing.assert_array_equal(weights["kernel"] != 0, SUPPORT["kernel"])
     assert error(weights) < 1e-3
+
+
+def test_a_threshold_that_is_no_scalar_is_refused():
+    with pytest.raises(ValueError, match=r"for the leaf 'w', a scalar, got .* \(3,\)"):
+        reparam.soft_threshold({"w": jnp.ones((2, 3))}, {"w": jnp.zeros(3)})

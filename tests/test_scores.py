@@ -173,3 +173,9 @@ def test_movement_without_parameters_is_refused():
     tx = scores.movement()
     with pytest.raises(ValueError, match="movement needs the parameters: call"):
         tx.update(tree(1), tx.init(tree(0)))
+
+
+@pytest.mark.parametrize("score", scores.GRADIENT_SCORES)
+def test_gradients_are_asked_for_where_there_are_none(score):
+    with pytest.raises(ValueError, match=f"'{score.__name__}' needs gradients"):
+        score({"w": jnp.ones(2)}, None)

@@ -13,6 +13,7 @@ from d2sparse.masks.algebra import (
     dense_masks,
     density,
     is_gap,
+    refuse_other_paths,
     sparsity,
 )
 from d2sparse.masks.patterns import blocks, channels, n_of_m
@@ -30,6 +31,7 @@ __all__ = [
     "density",
     "is_gap",
     "n_of_m",
+    "refuse_other_paths",
     "select",
     "sparsity",
     "top_k",

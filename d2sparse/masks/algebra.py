@@ -47,6 +47,7 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
             )
         return jnp.where(mask, param, jnp.zeros_like(param))
 
+    refuse_other_paths(masks, params)
     return jax.tree_util.tree_map_with_path(leaf, masks, params, is_leaf=is_gap)
 
 
@@ -71,9 +72,35 @@ def copy_masks(masks: PyTree, like: PyTree) -> PyTree:
     def copied(node: Any, mask: Any) -> Any:
         return node if is_gap(node) else jnp.array(mask, bool)
 
+    refuse_other_paths(masks, like)
     copies = jax.tree.map(copied, like, masks, is_leaf=is_gap)
     apply_masks(like, copies)  # Complains where the shapes differ.
     return copies
+
+
+def refuse_other_paths(masks: PyTree, like: PyTree) -> None:
+    """Raises where masks have other leaves than the tree they are for.
+
+    Where either of them has a gap, anything may be in the other.
+
+    Raises:
+      ValueError: naming the paths that are missing and those that are unknown.
+
+    >>> refuse_other_paths({"w": True}, {"w": 1.0})
+    """
+    if _structure(masks) == _structure(like):
+        return
+    found, gaps = _paths_and_gaps(masks)
+    expected, others = _paths_and_gaps(like)
+    hidden = tuple(f"{path}/" for path in gaps | others)
+    missing = [p for p in expected - found if not f"{p}/".startswith(hidden)]
+    unknown = [p for p in found - expected if not f"{p}/".startswith(hidden)]
+    if missing or unknown:
+        raise ValueError(
+            "expected masks of the structure of the parameters, got none for "
+            f"{sorted(missing)} and unknown ones for {sorted(unknown)}; take the masks "
+            "from the state of these parameters"
+        )
 
 
 def is_gap(node: Any) -> bool:
@@ -132,6 +159,16 @@ def sparsity(masks: PyTree, prunable: Prunable = is_kernel) -> jax.Array:
     0.75
     """
     return 1 - density(masks, prunable)
+
+
+def _structure(tree: PyTree) -> Any:
+    return jax.tree.structure(tree, is_leaf=is_gap)
+
+
+def _paths_and_gaps(masks: PyTree) -> tuple[set[str], set[str]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(masks, is_leaf=is_gap)
+    gaps = {tree.path_name(path) for path, leaf in leaves if is_gap(leaf)}
+    return {tree.path_name(path) for path, _ in leaves} - gaps, gaps
 
 
 def _paths(masks: PyTree, prunable: Prunable) -> list[str]:

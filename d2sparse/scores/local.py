@@ -70,6 +70,7 @@ def gradient(params: PyTree, grads: PyTree, key: jax.Array | None = None) -> PyT
     [2.0, 1.0]
     """
     del params, key
+    _refuse_none(grads, "gradient")
     return jax.tree.map(jnp.abs, grads)
 
 
@@ -85,6 +86,7 @@ def saliency(params: PyTree, grads: PyTree, key: jax.Array | None = None) -> PyT
     [6.0, 1.0]
     """
     del key
+    _refuse_none(grads, "saliency")
     return jax.tree.map(lambda w, g: jnp.abs(g * w), params, grads)
 
 
@@ -101,6 +103,7 @@ def signed_saliency(
     [6.0, -1.0]
     """
     del key
+    _refuse_none(grads, "signed_saliency")
     return jax.tree.map(lambda w, g: -g * w, params, grads)
 
 
@@ -113,7 +116,16 @@ def observed(params: PyTree, grads: PyTree, key: jax.Array | None = None) -> PyT
     [-2.0, 1.0]
     """
     del params, key
+    _refuse_none(grads, "observed")
     return grads
+
+
+def _refuse_none(grads: PyTree, name: str) -> None:
+    if grads is None:
+        raise ValueError(
+            f"the score {name!r} needs gradients, got None; pass those of a loss, "
+            "`jax.grad(loss)(params)`"
+        )
 
 
 class MovementState(NamedTuple):
