@@ -39,6 +39,7 @@ class Ledger:
       rounds: results of the parts of it that have finished.
       logs: metrics of the steps since the last report.
       means: metrics of the last report.
+      score: what the last measurement says of the state, None where nothing does.
     """
 
     taken: int = 0
@@ -49,6 +50,7 @@ class Ledger:
     rounds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     logs: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     means: dict[str, float] = dataclasses.field(default_factory=dict)
+    score: float | None = None
 
 
 class Session:
@@ -91,7 +93,6 @@ class Session:
             about=records.identity(config),
             keep=config.keep_checkpoints,
         )
-        self._score: float | None = None
         self._saved = self._began = time.perf_counter()
 
     def begin(self, make: Callable[[], PyTree], state: Around) -> PyTree:
@@ -155,11 +156,12 @@ class Session:
         self.ledger.logs = {k: np.asarray(v).tolist() for k, v in logs.items()}
         notes = dataclasses.asdict(self.ledger) | {"seconds": self.seconds}
         position = self.ledger.taken + int(state.step) - self.ledger.last
-        self._checkpoints.save(position, around(state), notes, self._score)
+        self._checkpoints.save(position, around(state), notes, self.ledger.score)
 
     def _log(self, step: int, state: TrainState, logs: dict[str, float]) -> None:
         values = logs | dict(self._measure(state))
-        self._score = values.get("monitor_accuracy")
+        score = values.get("monitor_accuracy")
+        self.ledger.score = None if score is None else float(score)
         self._out.log(self.unit, step, values)
         self.ledger.lines += 1
         self._note(f"{self.unit.name}, step {step}")

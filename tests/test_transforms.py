@@ -739,3 +739,22 @@ def test_flax_nnx_optimizers():
         step(model, optimizer, normals(seed, {"x": (5, 6)})["x"])
         assert int(jnp.sum(model.kernel[...] != 0)) == 12
     assert jnp.all(model.bias[...] != 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sparsify(optax.sgd(0.1), 0.9), r"expected a rule, such as .*got 0\.9"),
+        (
+            lambda: sparsify(optax.sgd(0.1), rules.rigl(0.9), 100),
+            r"pass `every\(100\)`",
+        ),
+        (lambda: rules.rigl("0.9"), "expected one number as the sparsity, got '0.9'"),
+        (lambda: rules.static(jnp.array([0.5, 0.6])), "one number as the sparsity"),
+        (lambda: rules.rigl(None), r"sparsity in \[0, 1\), .*got None"),
+    ],
+)
+def test_what_is_no_rule_no_schedule_and_no_sparsity_is_refused(make, message):
+    params = {"kernel": jnp.ones((8, 8))}
+    with pytest.raises(ValueError, match=message):
+        sparsify(optax.sgd(0.1), make()).init(params)

@@ -16,16 +16,21 @@ Distribution = Callable[[Shapes, Sparsity], Counts]
 
 
 def check_sparsity(sparsity: Sparsity) -> Sparsity:
-    """The sparsity itself, if it is in [0, 1) or traced.
+    """The sparsity itself, if it is a number in [0, 1) or traced.
 
     Raises:
-      ValueError: the sparsity is outside [0, 1).
+      ValueError: the sparsity is no number, or outside [0, 1).
 
     >>> check_sparsity(0.9)
     0.9
     """
     known = not isinstance(sparsity, jax.core.Tracer)
-    if known and not 0 <= float(sparsity) < 1:
+    if known and (isinstance(sparsity, str) or np.shape(sparsity) != ()):
+        raise ValueError(
+            f"expected one number as the sparsity, got {sparsity!r}; for several, vmap "
+            "over them"
+        )
+    if known and (sparsity is None or not 0 <= float(sparsity) < 1):
         raise ValueError(
             f"expected a sparsity in [0, 1), the fraction of zeros, got {sparsity}; "
             "a density d is the sparsity 1 - d"

@@ -143,6 +143,9 @@ def count_live(mask: jax.Array) -> jax.Array:
 def density(masks: PyTree, prunable: Prunable = is_kernel) -> jax.Array:
     """Fraction of the prunable weights that is live.
 
+    Masks do not know the types of their weights: where matrices of integers are among
+    the parameters, which no rule prunes, give a predicate that leaves their paths out.
+
     >>> print(density({"kernel": jnp.eye(4, dtype=bool), "bias": jnp.ones(4, bool)}))
     0.25
     """

@@ -100,6 +100,7 @@ def _under_masks(
     state_type: type[Any],
 ) -> optax.GradientTransformationExtraArgs:
     """`sparsify` or `freeze`, by the type of the state."""
+    _refuse_numbers(rule, when)
     inner = optax.with_extra_args_support(inner)
     observe = rule.observe or optax.identity()
     when = every(100) if when is None else when
@@ -170,6 +171,20 @@ def _under_masks(
         return emitted, state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _refuse_numbers(rule: Any, when: Any) -> None:
+    """Raises ValueError for a number in the place of a rule or of a schedule."""
+    if not isinstance(rule, MaskRule):
+        raise ValueError(
+            f"expected a rule, such as `rigl(sparsity=0.9)`, got {rule!r}; they are in "
+            "`d2sparse.rules`"
+        )
+    if when is not None and not callable(when):
+        raise ValueError(
+            f"expected when to refresh, as a function of the step, got {when!r}; pass "
+            f"`every({when!r})`"
+        )
 
 
 def mask_moments(
