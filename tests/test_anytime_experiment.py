@@ -151,7 +151,13 @@ def test_figures_are_there(finished):
     assert "layers-dense.png" not in names
 
 
-@pytest.mark.parametrize("name", ["app_2022", "d2_consolidated"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "app_2022",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("rigl", "d2_consolidated")),
+    ],
+)
 def test_an_interrupted_walk_comes_to_the_same_end(
     name, finished, stages, tmp_path, monkeypatch
 ):
