@@ -14,7 +14,11 @@ from d2sparse.masks import apply_masks
 from d2sparse.scores import Score
 from d2sparse.train import Data, TrainState
 from d2sparse.tree import PyTree
-from experiments.recipes.scored import kernel_inputs
+from experiments.recipes.scored import (
+    SYNFLOW_ITERATIONS,
+    kernel_inputs,
+    make_logits,
+)
 from experiments.task import Task
 
 _GRADIENTS: dict[str, Score] = {
@@ -22,7 +26,6 @@ _GRADIENTS: dict[str, Score] = {
     "saliency": scores.saliency,
     "gradient": scores.gradient,
 }
-_SYNFLOW_ITERATIONS = 100
 # Forward passes that a score takes; a backward pass counts as two.
 _PASSES = {
     "snip": 3,
@@ -31,6 +34,7 @@ _PASSES = {
     "fisher": 3,
     "grasp": 12,
     "wanda": 1,
+    "synflow": 3,
 }
 
 
@@ -95,10 +99,11 @@ def make_scorer(task: Task, criterion: str, batch_size: int) -> Scorer:
             )
             return Scoring(_GRADIENTS[criterion], grads, 1, spent)
         if criterion == "synflow":
-            shape, passes = sample.images.shape[1:], 3 * _SYNFLOW_ITERATIONS
-            score = scores.synflow(_predict(task, state, train=False), shape)
-            forward = float(macs.masked_macs(task.macs, jax.device_get(masks)))
-            return Scoring(score, None, _SYNFLOW_ITERATIONS, passes * forward)
+            shape = sample.images.shape[1:]
+            score = scores.synflow(make_logits(task, state, train=False), shape)
+            # One example of ones, in place of the sample.
+            spent = cost(masks, SYNFLOW_ITERATIONS)
+            return Scoring(score, None, SYNFLOW_ITERATIONS, spent)
         return Scoring(_score_on(criterion, task, state, live, sample), None, 1, spent)
 
     return scorer
@@ -123,19 +128,13 @@ def fresh_weights(params: PyTree, task: Task, key: jax.Array) -> PyTree:
 def _score_on(
     criterion: str, task: Task, state: TrainState, live: PyTree, sample: Data
 ) -> Score:
-    x, batch = train.inputs(sample), (train.inputs(sample), sample.labels)
+    x = train.inputs(sample)
+    batch = (x, sample.labels)
     if criterion == "grasp":
-        return scores.grasp(_predict(task, state, train=True), [batch])
+        return scores.grasp(make_logits(task, state, train=True), [batch])
     if criterion == "fisher":
-        return scores.fisher(_predict(task, state, train=False), [batch])
+        return scores.fisher(make_logits(task, state, train=False), [batch])
     return scores.wanda(kernel_inputs(task.model, live, state.model_state, x))
-
-
-def _predict(task: Task, state: TrainState, train: bool) -> Callable[..., jax.Array]:
-    def logits(params: PyTree, x: jax.Array) -> jax.Array:
-        return task.model.apply(params, state.model_state, x, train=train)[0]
-
-    return logits
 
 
 def _sum_over_batches(

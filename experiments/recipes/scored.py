@@ -1,5 +1,6 @@
 """Methods that prune by scores on the data of the seed."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from experiments.session import Session
 from experiments.singles import Method, Recipe, make_network, train_through
 from experiments.task import Task
 
-_SYNFLOW_ITERATIONS = 100
+SYNFLOW_ITERATIONS = 100
 
 
 def before_training(task: Task, options: Options, shared: Shared) -> Makers:
@@ -42,11 +43,7 @@ def before_training(task: Task, options: Options, shared: Shared) -> Makers:
 
         return Recipe(rules.fixed(dense_masks(task.params)), choose=choose)
 
-    def predict(state: TrainState, train: bool) -> Callable[..., jax.Array]:
-        def logits(params: PyTree, x: jax.Array) -> jax.Array:
-            return task.model.apply(params, state.model_state, x, train=train)[0]
-
-        return logits
+    predict = functools.partial(make_logits, task)
 
     def snip(state: TrainState, data: Data) -> Score:
         def loss(params: PyTree, batch: Any) -> jax.Array:
@@ -69,7 +66,7 @@ def before_training(task: Task, options: Options, shared: Shared) -> Makers:
             "fisher": lambda: recipe(
                 lambda state, data: scores.fisher(predict(state, False), [_pair(data)])
             ),
-            "synflow": lambda: recipe(synflow, _SYNFLOW_ITERATIONS),
+            "synflow": lambda: recipe(synflow, SYNFLOW_ITERATIONS),
         },
     )
 
@@ -107,6 +104,17 @@ def after_training(task: Task, options: Options, shared: Shared) -> Makers:
         return Method(network.init, fit, network.predict, network.costs, network.live)
 
     return {"wanda": wanda}
+
+
+def make_logits(
+    task: Task, state: TrainState, train: bool
+) -> Callable[[PyTree, jax.Array], jax.Array]:
+    """`(params, x) -> logits` of the task's network, with the statistics of a state."""
+
+    def logits(params: PyTree, x: jax.Array) -> jax.Array:
+        return task.model.apply(params, state.model_state, x, train=train)[0]
+
+    return logits
 
 
 def kernel_inputs(
