@@ -63,7 +63,7 @@ def run(config: Config) -> dict[str, Any]:
     out = records.open_run(workdir, config)
 
     def conclude(job: units.Job, state: TrainState, plan: Plan) -> dict[str, Any]:
-        found = look_closer(plan.variant.method, state, job.splits.judge, config)
+        found = look_closer(plan.variant.method, state, job.splits, config)
         return found | {"values": dict(plan.values)}
 
     for _, plans in planned:

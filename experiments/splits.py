@@ -9,6 +9,7 @@ from d2sparse import data, train
 from d2sparse.train import Data
 from experiments.task import TaskConfig, check_least
 
+OUTSIDE_SIZE = 5000
 MONITOR_SIZE = 1000
 
 
@@ -20,13 +21,23 @@ class Splits:
       train: the labels that training may use.
       judge: where the table's numbers come from: the official test set, or the
         validation part of the labels.
-      monitor: training images outside of the budget, for the learning curves alone;
-        None where there are none.
+      outside: training images outside of the budget, which learning curves and choices
+        of design look at; None where there are none.
     """
 
     train: Data
     judge: Data
-    monitor: Data | None
+    outside: Data | None
+
+    @property
+    def monitor(self) -> Data | None:
+        """The part of `outside` that is looked at in training."""
+        if self.outside is None:
+            return None
+        images, labels = self.outside.images, self.outside.labels
+        return self.outside._replace(
+            images=images[:MONITOR_SIZE], labels=labels[:MONITOR_SIZE]
+        )
 
 
 def draw_splits(config: TaskConfig, source: data.Source, seed: int) -> Splits:
@@ -42,7 +53,7 @@ def draw_splits(config: TaskConfig, source: data.Source, seed: int) -> Splits:
     else:
         chosen = data.budget(labels, size, seed)
     rest = np.setdiff1d(np.arange(len(labels)), chosen)
-    rest = np.random.default_rng(seed).permutation(rest)[:MONITOR_SIZE]
+    rest = np.random.default_rng(seed).permutation(rest)[:OUTSIDE_SIZE]
 
     def pick(indices: np.ndarray, like: Data | None = None) -> Data:
         images = source.train.images[indices]
@@ -57,8 +68,8 @@ def draw_splits(config: TaskConfig, source: data.Source, seed: int) -> Splits:
     else:
         training = pick(chosen)
         judge = train.to_device(source.test, training)
-    monitor = pick(rest, training) if len(rest) else None
+    outside = pick(rest, training) if len(rest) else None
     noisy = data.noisy_labels(
         labels[chosen], config.label_noise, source.num_classes, seed
     )
-    return Splits(training._replace(labels=jnp.asarray(noisy)), judge, monitor)
+    return Splits(training._replace(labels=jnp.asarray(noisy)), judge, outside)

@@ -17,8 +17,9 @@ from experiments.few_labels.cells import Cell, Setting, list_settings, parse_cel
 from experiments.few_labels.contenders import CONTENDERS, narrow_width
 from experiments.few_labels.options import CONTENDER_NAMES
 from experiments.few_labels.plans import Planner
-from experiments.few_labels.report import compare
+from experiments.few_labels.report import compare, list_designs
 from experiments.low_data import Config
+from experiments.splits import draw_splits
 
 SEEDS = range(2)
 # One for each way to build a method.
@@ -166,16 +167,44 @@ def test_the_tables_have_a_row_for_every_method(finished):
     workdir, _ = finished
     text = (workdir / "table.md").read_text()
     clean, harder = text.split("Test accuracy in % where something is wrong")
+    harder, designs = harder.split("Accuracy in % on training images outside")
     assert clean.startswith("## 5 labels per class\n\n| method")
     for column in ("minus RigL", "minus dense", "Brier", "inference MACs"):
         assert column in clean
     for column in ("gaussian noise", "blur", "contrast", "occlusion"):
         assert column in harder
+    for column in ("minus rigl", "minus d2_averaged"):
+        assert column in designs
     for name in METHODS:
-        assert f"| {name} " in clean
-        assert f"| {name} " in harder
+        for table in (clean, harder, designs):
+            assert f"| {name} " in table
     figures = {path.name for path in (workdir / "figures").iterdir()}
     assert figures == {"accuracy_against_cost-5.png", "calibration-5.png", "ranks.png"}
+
+
+def test_designs_are_compared_on_images_that_nobody_learned_from(finished):
+    workdir, summary = finished
+    rows = {row["method"]: row for row in summary["budgets"]["5"]["designs"]}
+    by_name = {
+        name: np.array([u["outside"] for u in results(workdir, f"{name}-5", SEEDS)])
+        for name in METHODS
+    }
+    apart = by_name["dense"] - by_name["rigl"]
+    error = apart.std(ddof=1) / np.sqrt(len(SEEDS))
+    expected = f"{100 * apart.mean():+.2f} ± {100 * error:.2f}"
+    assert rows["dense"]["minus rigl"] == expected
+    assert rows["rigl"]["minus rigl"] == rows["rigl"]["minus d2_sparse"] == ""
+    for seed in SEEDS:
+        splits = draw_splits(
+            dataclasses.replace(TINY, samples_per_class=5), source(), seed
+        )
+        count = len(splits.outside.labels)
+        assert count == len(source().train.labels) - 50
+        hits = by_name["rigl"][seed] * count
+        assert abs(hits - round(hits)) < 1e-3
+    # In the units of a run that knew nothing of them, there is nothing to compare.
+    cell = Cell("rigl", Setting(5))
+    assert list_designs({cell: {0: {"accuracy": 0.5}}}, 5) == []
 
 
 @pytest.mark.usefixtures("no_training")

@@ -186,7 +186,8 @@ _DENSE = _recipe("dense")
 _DROPS = _try(drop_fraction=(0.1, 0.3, 0.5))
 _COUPLINGS = _try(coupling=(0.5, 1.0, 2.0))
 _RADII = _try(sharpness=(0.02, 0.05, 0.1))
-_TAIL = _of(schedule="constant", averaging=0.25)
+_AVERAGED = {"schedule": "constant", "averaging": 0.25}
+_TAIL = _of(**_AVERAGED)
 _TAILS = _try(averaging=(0.1, 0.25, 0.5))
 _RATES = _try(finish_rate=(0.03, 0.1, 0.3))
 
@@ -227,4 +228,11 @@ CONTENDERS: Mapping[str, Contender] = {
     "d2_consolidated": Contender(_d2_sparse, _of(mode="consolidated"), _horizons),
     "d2_distilled": Contender(_d2_finished(merged=False), own=_RATES),
     "d2_merged": Contender(_d2_finished(merged=True), _of(mode="consolidated"), _RATES),
+    "d2_averaged_views": Contender(
+        _d2_sparse, _of(**_AVERAGED, independent_views=True), _TAILS
+    ),
+    "d2_averaged_sharp": Contender(
+        _d2_sparse, _of(**_AVERAGED, sharpness=0.05), _TAILS
+    ),
+    "d2_averaged_distilled": Contender(_d2_finished(merged=False), _TAIL, _RATES),
 }

@@ -10,26 +10,30 @@ from d2sparse.data import CORRUPTIONS
 from d2sparse.train import Data, TrainState
 from experiments.few_labels.options import LowDataOptions
 from experiments.singles import Method
+from experiments.splits import Splits
 from experiments.units import accuracy
 
 _CHUNK = 1000  # Images that are corrupted at once.
 
 
 def look_closer(
-    method: Method, state: TrainState, judge: Data, config: LowDataOptions
+    method: Method, state: TrainState, splits: Splits, config: LowDataOptions
 ) -> dict[str, Any]:
-    """How it is calibrated, and how accurate it is on corrupted images.
+    """How it is calibrated, and how accurate it is on other images.
 
     Args:
       method: what was trained.
       state: its end.
-      judge: the test set.
+      splits: the data of its seed, to be judged by the test set.
       config: the flags.
 
     Returns:
-      "calibration", as `metrics.calibration` has it, and "corrupted", accuracies by
-      name and severity, such as "blur-3". Every method sees the same corrupted images.
+      "calibration", as `metrics.calibration` has it; "corrupted", accuracies by name
+      and severity, such as "blur-3", every method seeing the same corrupted images; and
+      "outside", the accuracy on training images outside of the budget, where there are
+      any.
     """
+    judge = splits.judge
     probabilities = _headline(method, state, judge)
     corrupted = {
         f"{name}-{severity}": accuracy(
@@ -40,7 +44,10 @@ def look_closer(
     }
     bins = metrics.calibration(probabilities, judge.labels)
     lists = {name: np.asarray(values).tolist() for name, values in bins.items()}
-    return {"calibration": lists, "corrupted": corrupted}
+    found = {"calibration": lists, "corrupted": corrupted}
+    if (outside := splits.outside) is not None:
+        found["outside"] = accuracy(_headline(method, state, outside), outside)
+    return found
 
 
 def corrupt(examples: Data, name: str, severity: int) -> Data:

@@ -37,6 +37,9 @@ ContenderName = Literal[
     "d2_consolidated",
     "d2_distilled",
     "d2_merged",
+    "d2_averaged_views",
+    "d2_averaged_sharp",
+    "d2_averaged_distilled",
 ]
 CONTENDER_NAMES: tuple[ContenderName, ...] = get_args(ContenderName)
 

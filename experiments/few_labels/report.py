@@ -32,6 +32,9 @@ _COLUMNS = {
 }
 _HEADING = "## {} labels per class"
 _HARDER = "Test accuracy in % where something is wrong"
+_OUTSIDE = (
+    "Accuracy in % on training images outside of the labels, to choose designs by"
+)
 # Whose calibration is shown; that of all methods would fill a page.
 _CALIBRATED = (
     *("dense", "dense_smoothed", "self_distilled", "dense_mutual"),
@@ -39,6 +42,7 @@ _CALIBRATED = (
     *("d2_sparse", "d2_averaged", "d2_consolidated", "d2_distilled"),
 )
 _COMPARED = {"to_rigl": "rigl", "to_imp": "imp", "to_dense": "dense"}
+_REFERENCES = ("rigl", "d2_sparse", "d2_averaged")  # Of choices of design.
 
 
 def gather_cells(out: records.Run) -> dict[Cell, dict[int, dict[str, Any]]]:
@@ -78,7 +82,17 @@ def report(
         robust = list_robustness(found, samples)
         tables += [_HEADING.format(samples or "All"), _table(rows)]
         tables += [_HARDER, records.markdown_table(robust, {k: k for k in robust[0]})]
-        summary[str(samples)] = {"methods": rows, "robustness": robust}
+        designs = list_designs(found, samples)
+        if designs:
+            tables += [
+                _OUTSIDE,
+                records.markdown_table(designs, {k: k for k in designs[0]}),
+            ]
+        summary[str(samples)] = {
+            "methods": rows,
+            "robustness": robust,
+            "designs": designs,
+        }
     scores = compare(found)
     whole = {"budgets": summary, "ranks": _rank(scores)}
     written = results.write(config, out, whole, "\n\n".join(tables))
@@ -116,6 +130,40 @@ def list_robustness(found: Found, samples: int) -> list[dict[str, str]]:
         for setting in harder:
             others = found.get(Cell(name, setting), {}).values()
             row[setting.title] = _percent([unit["accuracy"] for unit in others])
+        rows.append(row)
+    return rows
+
+
+def list_designs(found: Found, samples: int) -> list[dict[str, str]]:
+    """The cells of the table that choices of design are made by.
+
+    Their images are in no budget and not in the test set, so that what is chosen by
+    them has not seen what it is reported on.
+    """
+    own = {
+        name: {
+            seed: {"accuracy": unit["outside"]}
+            for seed, unit in units.items()
+            if "outside" in unit
+        }
+        for name, units in _of_setting(found, Setting(samples)).items()
+    }
+    rows = []
+    for name, units in own.items():
+        if not units:
+            continue
+        row = {
+            "method": name,
+            "accuracy %": _percent([u["accuracy"] for u in units.values()]),
+        }
+        for other in _REFERENCES:
+            apart = results.difference("apart", units, own.get(other, {}))
+            known = bool(apart) and other != name
+            row[f"minus {other}"] = (
+                results.signed_percent(apart["apart"], apart["apart_error"])
+                if known
+                else ""
+            )
         rows.append(row)
     return rows
 
