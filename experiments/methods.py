@@ -108,8 +108,7 @@ def make_method(
         "rigl": lambda: single(task, Recipe(rigl, plan.when, interval)),
         "imp": lambda: imp(task, rounds, rewind_fraction),
         "uncoupled_pair": lambda: sparse_pair(
-            task,
-            choices._replace(coupling=UNCOUPLED, preset="symmetric", mode="trained"),
+            task, choices._replace(coupling=UNCOUPLED, mode="trained")
         ),
         "dense_mutual": lambda: dense_pair(task),
         "d2_sparse": lambda: sparse_pair(task, choices),

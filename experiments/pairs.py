@@ -11,12 +11,11 @@ from d2sparse import data, dual, rules, train, tree
 from d2sparse.dual import Coupling, Dual
 from d2sparse.schedules import at
 from d2sparse.train import Data, TrainState
-from d2sparse.transforms import sparsify
+from d2sparse.transforms import get_average, sparsify
 from experiments.singles import (
     NO_SETTINGS,
     Method,
     Settings,
-    make_settle,
     train_through,
     with_cost,
 )
@@ -31,10 +30,10 @@ class PairOptions:
 
     # How D2-Sparse's slow learner learns: by gradient, or as the fast one's average.
     mode: Literal["trained", "consolidated"] = "trained"
-    # Pace of the two learners; auto is fast_slow where the slow one consolidates, since
-    # a fast learner that anneals leaves nothing to average, and elsewhere symmetric or,
-    # where the --schedule is, constant.
-    preset: Literal["auto", "symmetric", "fast_slow", "constant"] = "auto"
+    # Pace of the two learners, see d2sparse.dual.make_plans; auto is fast_slow where
+    # the slow one consolidates, since a fast learner that anneals leaves nothing to
+    # average, and elsewhere averaged.
+    preset: Literal["auto", "averaged", "symmetric", "fast_slow", "constant"] = "auto"
     coupling: float = 1.0  # weight of the peer's teaching, in both learners
     temperature: float = 1.0  # of the softened outputs that are taught
     coupling_ramp: int = 0  # steps over which the teaching grows to its weight
@@ -75,8 +74,7 @@ def make_choices(options: PairOptions, config: TaskConfig, samples: int) -> Choi
     """
     check_least(options, {"horizon": 0})
     epoch = data.steps_per_epoch(samples, config.batch_size)
-    annealed = "constant" if config.schedule == "constant" else "symmetric"
-    suited = "fast_slow" if options.mode == "consolidated" else annealed
+    suited = "fast_slow" if options.mode == "consolidated" else "averaged"
     return Choices(
         coupling=Coupling(
             fast=options.coupling,
@@ -100,6 +98,7 @@ def pair(
     coupling: Coupling,
     intervals: Dual,
     when: Dual | None = None,
+    averages: bool = False,
 ) -> Method:
     """Two networks, coupled or not.
 
@@ -109,6 +108,7 @@ def pair(
       coupling: how they influence each other; equal weights may differ between units.
       intervals: mean steps between the refreshes of each mask, None for none.
       when: step -> bool of each, when its mask is refreshed.
+      averages: whether averages of the weights are kept, which then are what counts.
     """
     models, own = Dual(task.model, task.model), _defaults(task, coupling)
     tx(own, jax.random.key(0))  # Complains now, not when the step is traced.
@@ -146,7 +146,7 @@ def pair(
         inference = costs(state, data)[dual.headline(state)]
         return dual.stored_numbers(state), float(inference)
 
-    settle = _settle(task)
+    settle = _settle(task) if averages else _as_it_is
     return Method(
         init,
         train_through(run, task.steps, settle),
@@ -164,32 +164,28 @@ def sparse_pair(task: Task, choices: Choices) -> Method:
     Raises:
       ValueError: an average is asked for of learners that average already.
     """
-    if task.average_from is not None and choices.mode == "consolidated":
-        raise ValueError(
-            "expected no averaging of a pair that consolidates, which is an average "
-            "already, got --averaging; choose --mode=trained"
-        )
     halves = split_budget(task)
     plans = make_plans(task, choices.preset)
+    averages = plans.fast.average_from is not None
+    if averages and choices.mode == "consolidated":
+        raise ValueError(
+            "expected no averaging of a pair that consolidates, which is an average "
+            "already, got --averaging or preset averaged; choose --mode=trained"
+        )
 
     def tx(settings: Settings, key: jax.Array) -> Dual:
-        plans = make_plans(task, choices.preset, settings["learning_rate"])
-        transforms = dual.make_transforms(
-            plans,
+        return dual.make_transforms(
+            make_plans(task, choices.preset, settings["learning_rate"]),
             halves,
             lambda rate: task.optimizer(rate, settings["weight_decay"]),
             choices.mode,
             choices.horizon,
             key,
         )
-        if choices.mode == "consolidated":
-            return transforms
-        return Dual(*(task.averaged(own) for own in transforms))
 
     intervals = Dual(*(task.mean_interval(plan.interval) for plan in plans))
-    return pair(
-        task, tx, choices.coupling, intervals, Dual(*(plan.when for plan in plans))
-    )
+    when = Dual(*(plan.when for plan in plans))
+    return pair(task, tx, choices.coupling, intervals, when, averages)
 
 
 def dense_pair(task: Task, coupling: Coupling | None = None) -> Method:
@@ -206,9 +202,9 @@ def dense_pair(task: Task, coupling: Coupling | None = None) -> Method:
         network = task.averaged(sparsify(inner, rules.static(0.0), at([]), key))
         return Dual(network, network)
 
-    never = at([])
+    never, averages = at([]), task.average_from is not None
     coupling = dataclasses.replace(coupling or Coupling(), masks=0.0)
-    return pair(task, tx, coupling, Dual(None, None), Dual(never, never))
+    return pair(task, tx, coupling, Dual(None, None), Dual(never, never), averages)
 
 
 def split_budget(task: Task) -> Dual:
@@ -218,9 +214,16 @@ def split_budget(task: Task) -> Dual:
 
 
 def make_plans(task: Task, preset: str, learning_rate: Any = None) -> Dual:
-    """How the learners of a pair move, see `dual.make_plans`."""
+    """How the learners of a pair move, see `dual.make_plans`.
+
+    The task's averaging is that of every preset, where it is asked for.
+    """
     rate = task.learning_rate if learning_rate is None else learning_rate
-    return dual.make_plans(preset, rate, task.steps, task.interval)
+    tail = {"tail": task.averaging} if task.average_from is not None else {}
+    plans = dual.make_plans(preset, rate, task.steps, task.interval, **tail)
+    if not tail:
+        return plans
+    return Dual(*(plan._replace(average_from=task.average_from) for plan in plans))
 
 
 def _defaults(task: Task, coupling: Coupling) -> dict[str, float]:
@@ -247,21 +250,18 @@ def _costs(task: Task, intervals: Dual, state: TrainState, size: int) -> dict[st
 
 
 def _settle(task: Task) -> Callable[[TrainState, Data], TrainState]:
-    """Both learners with the averages of their weights, where these are asked for."""
-    alone = make_settle(task, task.model)
+    """Both learners with the averages of their weights, and the statistics of these."""
+    statistics = train.make_statistics(task.model, task.augment, task.batch_size)
 
     def settle(state: TrainState, data: Data) -> TrainState:
-        if task.average_from is None:
-            return state
-        both = [
-            alone(state._replace(params=p, model_state=s, opt_state=o), data)
-            for p, s, o in zip(
-                state.params, state.model_state, state.opt_state, strict=True
-            )
-        ]
-        return state._replace(
-            params=Dual(*(own.params for own in both)),
-            model_state=Dual(*(own.model_state for own in both)),
-        )
+        params = Dual(*map(get_average, state.opt_state))
+        both = zip(params, state.model_state, strict=True)
+        own = Dual(*(statistics(p, s, data, state.key) for p, s in both))
+        return state._replace(params=params, model_state=own)
 
     return settle
+
+
+def _as_it_is(state: TrainState, data: Data) -> TrainState:
+    del data
+    return state

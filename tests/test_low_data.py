@@ -25,7 +25,7 @@ SEEDS = range(2)
 # One for each way to build a method.
 METHODS = (
     *("dense", "dense_short", "dense_averaged", "self_distilled"),
-    *("rigl", "imp_capped", "free_tickets", "d2_averaged", "d2_merged"),
+    *("rigl", "imp_capped", "free_tickets", "d2_sparse", "d2_merged"),
 )
 TINY = Config(
     methods=METHODS,
@@ -104,7 +104,7 @@ def test_methods_meet_at_equal_nonzeros(rows):
         assert stored[name] == KERNELS + BIASES
     for name in ("rigl", "imp_capped"):
         assert stored[name] == live + BIASES
-    for name in ("free_tickets", "d2_averaged"):
+    for name in ("free_tickets", "d2_sparse"):
         assert stored[name] == live + 2 * BIASES
     assert stored["d2_merged"] == live / 2 + BIASES
 
@@ -119,7 +119,7 @@ def test_costs_are_those_of_the_protocol(rows):
     inference = {name: row["relative_inference"] for name, row in rows.items()}
     assert inference["dense"] == 1.0
     np.testing.assert_allclose(inference["d2_merged"], 0.1, rtol=0.02)
-    for name in ("rigl", "d2_averaged", "free_tickets"):
+    for name in ("rigl", "d2_sparse", "free_tickets"):
         np.testing.assert_allclose(inference[name], 0.2, rtol=0.02)
 
 
@@ -173,7 +173,7 @@ def test_the_tables_have_a_row_for_every_method(finished):
         assert column in clean
     for column in ("gaussian noise", "blur", "contrast", "occlusion"):
         assert column in harder
-    for column in ("minus rigl", "minus d2_averaged"):
+    for column in ("minus rigl", "minus d2_sparse"):
         assert column in designs
     for name in METHODS:
         for table in (clean, harder, designs):
@@ -307,7 +307,7 @@ def count(config):
                 *(("self_distilled", step) for step in (5, 12)),
                 *(("free_tickets", step) for step in (3, 11)),
                 *(("d2_merged", step) for step in (4, 9)),
-                ("d2_averaged", 10),
+                ("d2_sparse", 10),
             )
         ),
     ],

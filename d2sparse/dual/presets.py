@@ -9,9 +9,9 @@ import optax
 from d2sparse.dual.pair import Consolidation, Dual
 from d2sparse.rules import rigl
 from d2sparse.schedules import Schedule, When, cosine, every, refresh_stop
-from d2sparse.transforms import sparsify
+from d2sparse.transforms import average_weights, sparsify
 
-PRESETS = ("symmetric", "fast_slow", "constant")
+PRESETS = ("averaged", "symmetric", "fast_slow", "constant")
 MODES = ("trained", "consolidated")
 
 MakeOptimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
@@ -25,36 +25,43 @@ class Plan(NamedTuple):
       drop_fraction: step -> fraction of the live weights that falls at a refresh.
       when: step -> bool, when the mask is refreshed.
       interval: steps between two refreshes while there are any.
+      average_from: step from which the weights are averaged; None for no average.
     """
 
     learning_rate: optax.Schedule
     drop_fraction: Schedule
     when: When
     interval: int
+    average_from: int | None = None
 
 
-def make_plans(preset: str, learning_rate: float, steps: int, interval: int) -> Dual:
+def make_plans(
+    preset: str, learning_rate: float, steps: int, interval: int, tail: float = 0.25
+) -> Dual:
     """Plans of the two learners.
 
-    * `"symmetric"`: both anneal the learning rate along a cosine and move 0.3 of the
-      mask at every interval.
+    * `"averaged"`: both keep the learning rate, move 0.3 of the mask at every interval,
+      and average their weights over the tail of the run, where the masks rest. What
+      counts are the averages, `transforms.get_average` of each learner's state.
+    * `"symmetric"`: as averaged, but both anneal the learning rate along a cosine in
+      place of an average.
     * `"fast_slow"`: the fast learner keeps a constant half of the learning rate and
       moves 0.5 of its mask; the slow one anneals and moves 0.1 at every fourth
       interval. The asymmetry lies in the masks and schedules, not in a smaller step.
-    * `"constant"`: as symmetric, at the learning rate throughout; for averages of the
-      weights, see `average_weights`.
+    * `"constant"`: as averaged, without the average.
 
     Masks move in the first three quarters of the run; drop fractions fall along a
     cosine.
 
     Args:
-      preset: "symmetric", "fast_slow" or "constant".
+      preset: one of `PRESETS`.
       learning_rate: the largest learning rate.
       steps: steps of the run.
       interval: steps between two refreshes of the fast learner's mask.
+      tail: part of the run, in (0, 1], that preset "averaged" averages.
 
     Raises:
-      ValueError: unknown preset.
+      ValueError: unknown preset, or a tail outside of its range.
 
     >>> plans = make_plans("fast_slow", 0.1, steps=1000, interval=25)
     >>> plans.fast.interval, plans.slow.interval
@@ -62,6 +69,8 @@ def make_plans(preset: str, learning_rate: float, steps: int, interval: int) -> 
     """
     if preset not in PRESETS:
         raise ValueError(f"expected a preset of {PRESETS}, got {preset!r}")
+    if not 0 < tail <= 1:
+        raise ValueError(f"expected a tail in (0, 1], got {tail}")
     stop = refresh_stop(steps)
     annealed = optax.cosine_decay_schedule(learning_rate, steps)
 
@@ -72,8 +81,10 @@ def make_plans(preset: str, learning_rate: float, steps: int, interval: int) -> 
         half = optax.constant_schedule(learning_rate / 2)
         return Dual(plan(half, 0.5, interval), plan(annealed, 0.1, 4 * interval))
     constant = optax.constant_schedule(learning_rate)
-    rate = constant if preset == "constant" else annealed
-    return Dual(*[plan(rate, 0.3, interval)] * 2)
+    own = plan(annealed if preset == "symmetric" else constant, 0.3, interval)
+    if preset == "averaged":
+        own = own._replace(average_from=steps - max(round(tail * steps), 1))
+    return Dual(own, own)
 
 
 def make_transforms(
@@ -86,6 +97,8 @@ def make_transforms(
 ) -> Dual:
     """Transformations of the two learners, each with masks of its own.
 
+    Where a plan has one, an average of the weights is kept beside them.
+
     Args:
       plans: how they move.
       sparsities: fraction of zeros of each.
@@ -96,18 +109,19 @@ def make_transforms(
       key: random key or seed of both rules.
 
     Raises:
-      ValueError: unknown mode, or a horizon that is missing or below 1.
+      ValueError: unknown mode, a horizon that is missing or below 1, or an average of
+        learners of which one is an average already.
     """
     if mode not in MODES:
         raise ValueError(f"expected a mode of {MODES}, got {mode!r}")
     key = jax.random.key(key) if isinstance(key, int) else key
-    fast, slow = (
-        sparsify(
-            optimizer(plan.learning_rate),
-            rigl(sparsity, plan.drop_fraction),
-            plan.when,
-            learner_key,
+    if mode == "consolidated" and any(p.average_from is not None for p in plans):
+        raise ValueError(
+            'expected no averages in mode "consolidated", whose slow learner is one, '
+            'got plans with average_from; choose preset "fast_slow"'
         )
+    fast, slow = (
+        _make_transform(plan, sparsity, optimizer, learner_key)
         for plan, sparsity, learner_key in zip(
             plans, sparsities, jax.random.split(key), strict=True
         )
@@ -118,3 +132,13 @@ def make_transforms(
         raise ValueError(f"expected a horizon of at least 1 step, got {horizon}")
     decay = 1 - 1 / horizon
     return Dual(fast, Consolidation(sparsities.slow, decay, plans.slow.when))
+
+
+def _make_transform(
+    plan: Plan, sparsity: float, optimizer: MakeOptimizer, key: jax.Array
+) -> optax.GradientTransformation:
+    rule = rigl(sparsity, plan.drop_fraction)
+    tx = sparsify(optimizer(plan.learning_rate), rule, plan.when, key)
+    if plan.average_from is None:
+        return tx
+    return average_weights(tx, plan.average_from)

@@ -186,8 +186,9 @@ _DENSE = _recipe("dense")
 _DROPS = _try(drop_fraction=(0.1, 0.3, 0.5))
 _COUPLINGS = _try(coupling=(0.5, 1.0, 2.0))
 _RADII = _try(sharpness=(0.02, 0.05, 0.1))
-_AVERAGED = {"schedule": "constant", "averaging": 0.25}
-_TAIL = _of(**_AVERAGED)
+_TAIL = _of(schedule="constant", averaging=0.25)  # Of networks that are alone.
+_AVERAGED = _of(averaging=0.25)  # Of pairs, whose preset keeps the rate.
+_ANNEALED = _of(preset="symmetric")
 _TAILS = _try(averaging=(0.1, 0.25, 0.5))
 _RATES = _try(finish_rate=(0.03, 0.1, 0.3))
 
@@ -213,26 +214,28 @@ CONTENDERS: Mapping[str, Contender] = {
     "imp": Contender(_imp, own=_try(rewind_fraction=(0.0, 0.1, 0.2))),
     "imp_capped": Contender(_imp, _capped, _try(rewind_fraction=(0.0, 0.1, 0.2))),
     "dense_mutual": Contender(_dense_mutual, own=_COUPLINGS),
-    "uncoupled_pair": Contender(_uncoupled),
-    "uncoupled_averaged": Contender(_uncoupled, _TAIL, _TAILS),
+    "uncoupled_pair": Contender(_uncoupled, _ANNEALED),
+    "uncoupled_averaged": Contender(_uncoupled, _AVERAGED, _TAILS),
     "free_tickets": Contender(_free_tickets, own=_try(explore=(0.3, 0.5, 0.7))),
-    "d2_sparse": Contender(_d2_sparse, own=_COUPLINGS),
-    "d2_views": Contender(_d2_sparse, _of(independent_views=True), _COUPLINGS),
+    "d2_sparse": Contender(_d2_sparse, _AVERAGED, _TAILS),
+    "d2_annealed": Contender(_d2_sparse, _ANNEALED, _COUPLINGS),
+    "d2_views": Contender(
+        _d2_sparse, _of(preset="symmetric", independent_views=True), _COUPLINGS
+    ),
     "d2_confident": Contender(
         _d2_sparse,
-        _of(weighted_coupling=True),
+        _of(preset="symmetric", weighted_coupling=True),
         _try(trust_threshold=(0.0, 0.5, 0.8)),
     ),
-    "d2_averaged": Contender(_d2_sparse, _TAIL, _TAILS),
-    "d2_sharp": Contender(_d2_sparse, _of(sharpness=0.05), _RADII),
+    "d2_sharp": Contender(_d2_sparse, _of(preset="symmetric", sharpness=0.05), _RADII),
     "d2_consolidated": Contender(_d2_sparse, _of(mode="consolidated"), _horizons),
-    "d2_distilled": Contender(_d2_finished(merged=False), own=_RATES),
+    "d2_distilled": Contender(_d2_finished(merged=False), _ANNEALED, _RATES),
     "d2_merged": Contender(_d2_finished(merged=True), _of(mode="consolidated"), _RATES),
     "d2_averaged_views": Contender(
-        _d2_sparse, _of(**_AVERAGED, independent_views=True), _TAILS
+        _d2_sparse, _of(averaging=0.25, independent_views=True), _TAILS
     ),
     "d2_averaged_sharp": Contender(
-        _d2_sparse, _of(**_AVERAGED, sharpness=0.05), _TAILS
+        _d2_sparse, _of(averaging=0.25, sharpness=0.05), _TAILS
     ),
     "d2_averaged_distilled": Contender(_d2_finished(merged=False), _TAIL, _RATES),
 }

@@ -39,10 +39,15 @@ _OUTSIDE = (
 _CALIBRATED = (
     *("dense", "dense_smoothed", "self_distilled", "dense_mutual"),
     *("rigl", "imp", "free_tickets", "uncoupled_pair"),
-    *("d2_sparse", "d2_averaged", "d2_consolidated", "d2_distilled"),
+    *("d2_sparse", "d2_annealed", "d2_consolidated", "d2_distilled"),
 )
 _COMPARED = {"to_rigl": "rigl", "to_imp": "imp", "to_dense": "dense"}
-_REFERENCES = ("rigl", "d2_sparse", "d2_averaged")  # Of choices of design.
+_REFERENCES = (
+    "rigl",
+    "uncoupled_averaged",
+    "d2_annealed",
+    "d2_sparse",
+)  # Of choices of design.
 
 
 def gather_cells(out: records.Run) -> dict[Cell, dict[int, dict[str, Any]]]:
