@@ -1,5 +1,7 @@
 """What a pair can be told besides: whom to trust, to merge, to look for flatness."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,6 +129,60 @@ def test_at_a_constant_rate_both_move_as_in_the_symmetric_preset():
             assert float(plan.learning_rate(step)) == pytest.approx(0.1)
             assert float(plan.drop_fraction(step)) == float(other.drop_fraction(step))
             assert bool(plan.when(step)) == bool(other.when(step))
+
+
+def test_the_averaged_preset_averages_the_tail_in_which_masks_rest(data):
+    steps, interval = 16, 2
+    plans = dual.make_plans("averaged", 0.05, steps, interval)
+    constant = dual.make_plans("constant", 0.05, steps, interval)
+    assert plans.fast.average_from == plans.slow.average_from == 12
+    assert constant.fast.average_from is None
+    assert not any(bool(plans.fast.when(step)) for step in range(12, steps))
+    for step in (0, 6, 15):
+        for name in ("learning_rate", "drop_fraction"):
+            own, other = (getattr(p.fast, name)(step) for p in (plans, constant))
+            assert float(own) == float(other)
+    state, trail = _train_pair(data, plans, steps)
+    for learner in (0, 1):
+        mean = np.mean([p[learner]["head"]["kernel"] for p in trail[12:]], axis=0)
+        average = get_average(state.opt_state[learner])["head"]["kernel"]
+        np.testing.assert_allclose(average, mean, atol=1e-6)
+        masks = dual.get_pair_masks(state)[learner]["head"]["kernel"]
+        np.testing.assert_array_equal(average != 0, masks)
+
+
+def _train_pair(data, plans, steps):
+    """The last state of a coupled pair, and its parameters after every step."""
+    halves, coupling = Dual(0.7, 0.7), Coupling()
+    optimizer = functools.partial(train.make_optimizer, "sgd")
+    tx = dual.make_transforms(plans, halves, optimizer, key=1)
+    state = dual.init_pair(MODELS, tx, data, jax.random.key(0), coupling)
+    step, trail = jax.jit(dual.make_dual_step(MODELS, tx, coupling)), []
+    for _ in range(steps):
+        state, _ = step(state, data, jnp.arange(SIZE))
+        trail.append(state.params)
+    return state, trail
+
+
+@pytest.mark.parametrize(
+    ("tail", "begin"), [(1.0, 0), (0.5, 50), (0.001, 99), (0.25, 75)]
+)
+def test_the_tail_is_that_part_of_the_run_and_at_least_a_step(tail, begin):
+    plans = dual.make_plans("averaged", 0.1, steps=100, interval=10, tail=tail)
+    assert plans.fast.average_from == begin
+
+
+@pytest.mark.parametrize("tail", [0.0, -0.1, 1.5, float("nan")])
+def test_a_tail_out_of_range_is_refused(tail):
+    with pytest.raises(ValueError, match=r"expected a tail in \(0, 1\], got"):
+        dual.make_plans("averaged", 0.1, steps=100, interval=10, tail=tail)
+
+
+def test_learners_that_consolidate_are_not_averaged_once_more():
+    plans = dual.make_plans("averaged", 0.1, steps=100, interval=10)
+    optimizer = functools.partial(train.make_optimizer, "sgd")
+    with pytest.raises(ValueError, match='no averages in mode "consolidated"'):
+        dual.make_transforms(plans, Dual(0.8, 0.8), optimizer, "consolidated", 10)
 
 
 # Merging

@@ -193,7 +193,7 @@ def test_designs_are_compared_on_images_that_nobody_learned_from(finished):
     error = apart.std(ddof=1) / np.sqrt(len(SEEDS))
     expected = f"{100 * apart.mean():+.2f} ± {100 * error:.2f}"
     assert rows["dense"]["minus rigl"] == expected
-    assert rows["rigl"]["minus rigl"] == rows["rigl"]["minus d2_sparse"] == ""
+    assert rows["rigl"]["minus rigl"] == rows["d2_sparse"]["minus d2_sparse"] == ""
     for seed in SEEDS:
         splits = draw_splits(
             dataclasses.replace(TINY, samples_per_class=5), source(), seed

@@ -95,6 +95,12 @@ def _narrowed(config: LowDataOptions, base: Base) -> Fields:
     return {"width": narrow_width(config, base)}
 
 
+def _halved(config: LowDataOptions, base: Base) -> Fields:
+    """As many weights as one learner of a pair has."""
+    del base
+    return {"sparsity": (1 + config.sparsity) / 2}
+
+
 def _shortened(config: LowDataOptions, base: Base) -> Fields:
     """As many steps as cost what RigL costs."""
     part = rigl_part(base.task, base.samples)
@@ -210,6 +216,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "set": Contender(_recipe("set"), own=_DROPS),
     "rigl": Contender(_recipe("rigl"), own=_DROPS),
     "rigl_averaged": Contender(_recipe("rigl"), _TAIL, _TAILS),
+    "rigl_half": Contender(_recipe("rigl"), _halved, _DROPS),
     "granet": Contender(_recipe("granet"), own=_DROPS),
     "imp": Contender(_imp, own=_try(rewind_fraction=(0.0, 0.1, 0.2))),
     "imp_capped": Contender(_imp, _capped, _try(rewind_fraction=(0.0, 0.1, 0.2))),

@@ -22,6 +22,7 @@ ContenderName = Literal[
     "set",
     "rigl",
     "rigl_averaged",
+    "rigl_half",
     "granet",
     "imp",
     "imp_capped",

@@ -5,6 +5,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from d2sparse import data, records
 from d2sparse.train import TrainState
 from experiments import units
@@ -124,7 +126,12 @@ def run_plans(
     def program(name: str) -> int:
         return id(plans[name].variant.method)
 
+    before = len(list(out.units()))
     units.run_each(config, out, source, plans, learn, program)
+    # The programs of one call are of no use to the next, and a process that keeps
+    # thousands of them has no room left in its table of memory maps.
+    if len(list(out.units())) > before:
+        jax.clear_caches()
 
 
 def check_recorded(out: records.Run, plans: Mapping[Cell, Plan]) -> None:

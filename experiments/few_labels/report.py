@@ -21,6 +21,8 @@ _COLUMNS = {
     "to_rigl": "minus RigL",
     "to_imp": "minus IMP",
     "to_dense": "minus dense",
+    "slow": "slow learner alone %",
+    "to_half": "minus half RigL",
     "nll": "NLL",
     "ece": "ECE %",
     "brier": "Brier",
@@ -42,6 +44,7 @@ _CALIBRATED = (
     *("d2_sparse", "d2_annealed", "d2_consolidated", "d2_distilled"),
 )
 _COMPARED = {"to_rigl": "rigl", "to_imp": "imp", "to_dense": "dense"}
+_HALF = "rigl_half"  # It has as many weights as one learner of a pair.
 _REFERENCES = (
     "rigl",
     "uncoupled_averaged",
@@ -117,6 +120,8 @@ def list_rows(found: Found, samples: int, task: Task) -> list[dict[str, Any]]:
         for key, other in _COMPARED.items():
             if other in own and other != name:
                 row |= results.difference(key, units, own[other])
+        slow = _of_output(units, "accuracy_slow")
+        row |= results.difference("to_half", slow, own.get(_HALF, {}))
         rows.append(row)
     return rows
 
@@ -146,11 +151,7 @@ def list_designs(found: Found, samples: int) -> list[dict[str, str]]:
     them has not seen what it is reported on.
     """
     own = {
-        name: {
-            seed: {"accuracy": unit["outside"]}
-            for seed, unit in units.items()
-            if "outside" in unit
-        }
+        name: _of_output(units, "outside")
         for name, units in _of_setting(found, Setting(samples)).items()
     }
     rows = []
@@ -199,8 +200,18 @@ def _of_setting(found: Found, setting: Setting) -> dict[str, results.Results]:
     }
 
 
+def _of_output(units: results.Results, key: str) -> results.Results:
+    """The units that have a number of a name, with it in the place of the accuracy."""
+    return {
+        seed: {"accuracy": unit[key]} for seed, unit in units.items() if key in unit
+    }
+
+
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [results.cells(row) | {"seeds": row["seeds"]} for row in rows]
+    for cell, row in zip(cells, rows, strict=True):
+        if "accuracy_slow" in row["outputs"]:
+            cell["slow"] = f"{100 * row['outputs']['accuracy_slow']:.2f}"
     given = {k: v for k, v in _COLUMNS.items() if any(k in cell for cell in cells)}
     return records.markdown_table(cells, given | {"accuracy": "test accuracy %"})
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from d2sparse import data, records
 from experiments import results
-from experiments.few_labels.cells import Cell, Setting, list_settings
+from experiments.few_labels.cells import Cell, list_settings
 from experiments.few_labels.contenders import CONTENDERS
 from experiments.few_labels.options import LowDataOptions
 from experiments.few_labels.plans import Plan, Planner, Values, run_plans
@@ -89,7 +89,12 @@ def tune(config: LowDataOptions, source: data.Source, workdir: str) -> Tuned:
         label_noises=(),
         imbalances=(),
     )
-    planned = [_plan(own, source, setting) for setting in list_settings(own)]
+    planned = [
+        (planner, cell, _plan(own, planner, cell))
+        for setting in list_settings(own)
+        for planner in [Planner(own, source, setting)]
+        for cell in [Cell(method, setting) for method in own.methods]
+    ]
     # The directory is that of the runs that follow, which validate on nothing.
     out = records.open_run(
         workdir, dataclasses.replace(config, validation_fraction=0.0)
@@ -97,15 +102,13 @@ def tune(config: LowDataOptions, source: data.Source, workdir: str) -> Tuned:
     trials = records.open_run(out.workdir / "tuning", own)
     chosen = read_tuned(workdir)
     rows = []
-    for planner, plans in planned:
+    for planner, cell, plans in planned:
         run_plans(planner.config, trials, source, plans, lambda *_: {})
-        for method in own.methods:
-            setting = Setting(planner.config.samples_per_class)
-            tried = _rows(own, Cell(method, setting), plans, trials)
-            best = _best(Cell(method, setting), tried)
-            best["chosen"] = True
-            chosen.setdefault(method, {})[setting.name] = best["values"]
-            rows += tried
+        tried = _rows(own, cell, plans, trials)
+        best = _best(cell, tried)
+        best["chosen"] = True
+        chosen.setdefault(cell.method, {})[cell.setting.name] = best["values"]
+        rows += tried
     out.write_text(FILE, json.dumps(chosen, indent=2, sort_keys=True) + "\n")
     trials.write_summary({"config": dataclasses.asdict(own), "trials": rows})
     table = _table(rows)
@@ -152,17 +155,12 @@ def _between(low: float, high: float, place: float) -> float:
     return float(f"{low * (high / low) ** place:.2g}")
 
 
-def _plan(
-    config: LowDataOptions, source: data.Source, setting: Setting
-) -> tuple[Planner, dict[str, Plan]]:
-    """Every trial of every method on a budget, by the name of its units."""
-    planner = Planner(config, source, setting)
-    plans = {
-        name: planner.plan(name, method, values)
-        for method in config.methods
-        for name, values in _named(config, Cell(method, setting)).items()
+def _plan(config: LowDataOptions, planner: Planner, cell: Cell) -> dict[str, Plan]:
+    """Every trial of a method on a budget, by the name of its units."""
+    return {
+        name: planner.plan(name, cell.method, values)
+        for name, values in _named(config, cell).items()
     }
-    return planner, plans
 
 
 def _named(config: LowDataOptions, cell: Cell) -> dict[str, Values]:
