@@ -6,13 +6,14 @@
 #   make slow     the tests that take minutes
 #   make chaos    runs that are killed, stopped and damaged, some 20 minutes
 #   make bench    what sparsity costs: refreshes, steps, memory, compiling
+#   make resnets  few labels of CIFAR-10, on a GPU; DATA=directory of prepared TFDS sets
 #   make clean    remove the environment and caches; runs are kept
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: env demo test slow chaos bench clean
+.PHONY: env demo test slow chaos bench resnets clean
 
 env: $(INSTALLED)
 
@@ -50,6 +51,14 @@ chaos: env
 
 bench: env
 	@$(BIN)/python -m experiments.benchmark
+
+RESNETS := --dataset=cifar10 --data_dir=$(DATA) --shift=4 --flip --batch_size=100 \
+  --steps=1500 --budgets=50,500 --seeds=3 --imp_rounds=3 \
+  --methods=dense,rigl,imp,uncoupled_pair,uncoupled_averaged,d2_sparse
+
+resnets: env
+	@$(BIN)/python -m experiments.low_data --workdir=runs/resnet18 --model=resnet18 $(RESNETS)
+	@$(BIN)/python -m experiments.low_data --workdir=runs/resnet34 --model=resnet34 $(RESNETS)
 
 clean:
 	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -12,7 +12,10 @@ from d2sparse.tree import PyTree
 from experiments.task import Task, TaskConfig
 
 Results = Mapping[int, Mapping[str, Any]]  # By seed.
-_DIFFERENCES = ("to_dense", "to_random", "to_rigl", "to_imp", "to_half")
+_DIFFERENCES = (
+    *("to_dense", "to_random", "to_rigl", "to_imp"),
+    *("to_uncoupled", "to_half"),
+)
 
 
 def gather(out: records.Run, name: str, seeds: int) -> dict[int, dict[str, Any]]:

@@ -258,7 +258,7 @@ def test_other_flags_are_another_configuration(finished):
         low_data.run(in_directory(workdir, sparsity=0.9))
 
 
-def test_only_what_all_methods_have_is_ranked():
+def test_the_largest_table_without_holes_is_ranked():
     def cell(method, samples):
         return Cell(method, Setting(samples))
 
@@ -268,6 +268,11 @@ def test_only_what_all_methods_have_is_ranked():
         cell("rigl", 10): {0: {"accuracy": 0.9}},
     }
     assert compare(found) == {"dense": [0.5, 0.6], "rigl": [0.7, 0.8]}
+    # One more method with a single seed does not hide the other seeds.
+    found[cell("set", 5)] = {0: {"accuracy": 0.4}}
+    assert compare(found) == {"dense": [0.5, 0.6], "rigl": [0.7, 0.8]}
+    found[cell("set", 5)][1] = {"accuracy": 0.3}
+    assert set(compare(found)) == {"dense", "rigl", "set"}
 
 
 def test_a_narrow_network_is_the_widest_that_fits():

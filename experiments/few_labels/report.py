@@ -21,6 +21,7 @@ _COLUMNS = {
     "to_rigl": "minus RigL",
     "to_imp": "minus IMP",
     "to_dense": "minus dense",
+    "to_uncoupled": "minus uncoupled",
     "slow": "slow learner alone %",
     "to_half": "minus half RigL",
     "nll": "NLL",
@@ -30,7 +31,6 @@ _COLUMNS = {
     "relative_macs": "training MACs",
     "relative_inference": "inference MACs",
     "seeds": "seeds",
-    "seconds": "seconds",
 }
 _HEADING = "## {} labels per class"
 _HARDER = "Test accuracy in % where something is wrong"
@@ -43,7 +43,12 @@ _CALIBRATED = (
     *("rigl", "imp", "free_tickets", "uncoupled_pair"),
     *("d2_sparse", "d2_annealed", "d2_consolidated", "d2_distilled"),
 )
-_COMPARED = {"to_rigl": "rigl", "to_imp": "imp", "to_dense": "dense"}
+_COMPARED = {
+    "to_rigl": "rigl",
+    "to_imp": "imp",
+    "to_dense": "dense",
+    "to_uncoupled": "uncoupled_averaged",
+}
 _HALF = "rigl_half"  # It has as many weights as one learner of a pair.
 _REFERENCES = (
     "rigl",
@@ -175,20 +180,24 @@ def list_designs(found: Found, samples: int) -> list[dict[str, str]]:
 
 
 def compare(found: Found) -> dict[str, list[float]]:
-    """Accuracies by method over all seeds of all settings that every method has.
+    """Accuracies by method over seeds of settings, of a table that has no holes.
 
-    Settings that some method lacks are left out, and so are methods that share no
-    setting with the others.
+    Settings that have few methods, or methods that few settings have, are left out: of
+    the tables of all seeds with at least so many methods, the one with the most
+    accuracies is taken.
     """
     by_setting: dict[tuple[Setting, int], dict[str, float]] = {}
     for cell, units in found.items():
         for seed, unit in units.items():
             place = by_setting.setdefault((cell.setting, seed), {})
             place[cell.method] = unit["accuracy"]
-    most = max(len(place) for place in by_setting.values())
-    places = [place for place in by_setting.values() if len(place) == most]
-    shared = set.intersection(*map(set, places))
-    names = [name for name in CONTENDER_NAMES if name in shared]
+    best: tuple[list[str], list[dict[str, float]]] = ([], [])
+    for least in sorted({len(place) for place in by_setting.values()}, reverse=True):
+        places = [place for place in by_setting.values() if len(place) >= least]
+        shared = set.intersection(*map(set, places))
+        if len(shared) * len(places) > len(best[0]) * len(best[1]):
+            best = [name for name in CONTENDER_NAMES if name in shared], places
+    names, places = best
     return {name: [place[name] for place in places] for name in names}
 
 
