@@ -37,12 +37,13 @@ _HARDER = "Test accuracy in % where something is wrong"
 _OUTSIDE = (
     "Accuracy in % on training images outside of the labels, to choose designs by"
 )
-# Whose calibration is shown; that of all methods would fill a page.
-_CALIBRATED = (
-    *("dense", "dense_smoothed", "self_distilled", "dense_mutual"),
-    *("rigl", "imp", "free_tickets", "uncoupled_pair"),
-    *("d2_sparse", "d2_annealed", "d2_consolidated", "d2_distilled"),
+# Whose calibration is shown, and whose cost where all methods would fill the picture.
+_PICTURED = (
+    *("dense", "dense_smoothed", "dense_mutual", "snip"),
+    *("rigl", "rigl_averaged", "imp", "free_tickets"),
+    *("uncoupled_averaged", "d2_sparse", "d2_annealed", "d2_consolidated"),
 )
+_MOST = 20  # Methods that have room in a picture.
 _COMPARED = {
     "to_rigl": "rigl",
     "to_imp": "imp",
@@ -241,12 +242,14 @@ def _percent(values: Sequence[float]) -> str:
 def _draw(
     rows: Sequence[Mapping[str, Any]], found: Found, samples: int, out: records.Run
 ) -> None:
-    figure = plots.accuracy_against_cost(rows)
+    crowded = len(rows) > _MOST
+    drawn = [row for row in rows if not crowded or row["method"] in _PICTURED]
+    figure = plots.accuracy_against_cost(drawn)
     out.save_figure(f"accuracy_against_cost-{samples}", figure)
     bins = {
         name: _add_up([unit["calibration"] for unit in units.values()])
         for name, units in _of_setting(found, Setting(samples)).items()
-        if name in _CALIBRATED
+        if name in _PICTURED
     }
     if bins:
         out.save_figure(f"calibration-{samples}", plots.reliability_diagram(bins))
