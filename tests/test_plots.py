@@ -550,7 +550,7 @@ def test_a_bar_is_the_accuracy_of_a_bin_and_a_dot_its_confidence():
     np.testing.assert_allclose(dots.get_ydata(), heights)
     alphas = [patch.get_alpha() for patch in axes.patches]
     assert alphas == sorted(alphas)
-    assert axes.get_title(loc="left") == f"rigl, ECE {100 * (1 + 3 + 6) / 70:.1f}%"
+    assert axes.get_title(loc="left") == f"rigl\nECE {100 * (1 + 3 + 6) / 70:.1f}%"
 
 
 @pytest.mark.parametrize("methods", [1, 4, 6])

@@ -81,4 +81,4 @@ def _draw(axes: Axes, name: str, sums: Mapping[str, np.ndarray]) -> None:
     axes.set_yticks([0, 0.5, 1])
     axes.xaxis.set_major_formatter(as_percent)
     axes.yaxis.set_major_formatter(as_percent)
-    axes.set_title(f"{name}, ECE {100 * error:.1f}%", fontsize=9)
+    axes.set_title(f"{name}\nECE {100 * error:.1f}%", fontsize=9)
