@@ -558,7 +558,7 @@ def test_every_method_has_a_panel(methods):
     bins = {f"method{i}": own_bins() for i in range(methods)}
     figure = plots.reliability_diagram(bins)
     shown = [axes for axes in figure.axes if axes.axison]
-    assert [axes.get_title(loc="left").split(",")[0] for axes in shown] == list(bins)
+    assert [axes.get_title(loc="left").split("\n")[0] for axes in shown] == list(bins)
     assert rendered(figure).startswith(b"\x89PNG")
 
 
