@@ -219,9 +219,8 @@ def make_plans(task: Task, preset: str, learning_rate: Any = None) -> Dual:
     The task's averaging is that of every preset, where it is asked for.
     """
     rate = task.learning_rate if learning_rate is None else learning_rate
-    tail = {"tail": task.averaging} if task.average_from is not None else {}
-    plans = dual.make_plans(preset, rate, task.steps, task.interval, **tail)
-    if not tail:
+    plans = dual.make_plans(preset, rate, task.steps, task.interval)
+    if task.average_from is None:
         return plans
     return Dual(*(plan._replace(average_from=task.average_from) for plan in plans))
 

@@ -1,6 +1,7 @@
 """What a seed trains on and is measured on."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +30,7 @@ class Splits:
     judge: Data
     outside: Data | None
 
-    @property
+    @functools.cached_property
     def monitor(self) -> Data | None:
         """The part of `outside` that is looked at in training."""
         if self.outside is None:

@@ -126,11 +126,11 @@ def run_plans(
     def program(name: str) -> int:
         return id(plans[name].variant.method)
 
-    before = len(list(out.units()))
+    before = len(out.units())
     units.run_each(config, out, source, plans, learn, program)
     # The programs of one call are of no use to the next, and a process that keeps
     # thousands of them has no room left in its table of memory maps.
-    if len(list(out.units())) > before:
+    if len(out.units()) > before:
         jax.clear_caches()
 
 
