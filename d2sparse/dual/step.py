@@ -69,7 +69,7 @@ def init_pair(
         masks = get_masks(opt_state)
         if coupling.masks:
             peer = get_masks(fast.opt_state)
-            masks = _apart(masks, peer, coupling.masks, mask_key, prunable)
+            masks = apart(masks, peer, coupling.masks, mask_key, prunable)
         slow = slow._replace(
             params=apply_masks(slow.params, masks),
             opt_state=set_masks(opt_state, masks),
@@ -277,7 +277,7 @@ def _descend(
     return optax.apply_updates(params, updates), opt_state
 
 
-def _apart(
+def apart(
     masks: PyTree, peer: PyTree, kappa: float, key: jax.Array, prunable: Prunable
 ) -> PyTree:
     """Random masks with the counts of the given ones, where the peer's are not."""

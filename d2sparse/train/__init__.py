@@ -4,6 +4,13 @@ The state is a NamedTuple of arrays and the data lie on the device, so a run is 
 function of them: the batch and the augmentation of step t follow from the key and t.
 """
 
+from d2sparse.train.cost import (
+    forward_macs,
+    growth_share,
+    live_masks,
+    same_masks,
+    step_macs,
+)
 from d2sparse.train.devices import (
     Placement,
     apart,
@@ -15,9 +22,13 @@ from d2sparse.train.devices import (
 )
 from d2sparse.train.evaluation import evaluate, make_predict, make_statistics
 from d2sparse.train.faults import failure, guard, has_failed, last_good
+from d2sparse.train.fitting import Watch, fit_together
+from d2sparse.train.fitting import fit as fit_phases
 from d2sparse.train.loops import Indices, Logs, Report, Runner, Save, fit, make_runner
 from d2sparse.train.memory import estimate_memory
 from d2sparse.train.optimizers import make_optimizer
+from d2sparse.train.plain import SCHEDULES, Recipe, init_training, plain
+from d2sparse.train.program import Program, make_program
 from d2sparse.train.runs import RUNS, is_stacked, stack_runs, unstack_runs
 from d2sparse.train.state import (
     Data,
@@ -44,6 +55,21 @@ from d2sparse.train.teaching import (
     Teacher,
     make_taught_loss,
     with_teachers,
+)
+from d2sparse.train.training import (
+    Constraint,
+    Context,
+    Masks,
+    Network,
+    Phase,
+    Progress,
+    Settings,
+    Training,
+    claim,
+    constrain,
+    end,
+    lasting,
+    stay,
 )
 
 __all__ = [

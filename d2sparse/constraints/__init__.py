@@ -1,0 +1,89 @@
+"""Constraints: each is a function from a training to a training.
+
+    training = constrain(plain(model, data), rigl(sparsity=0.9), averaged(tail=0.25))
+
+`pruning`: dense at first, pruned while it trains.
+`growing`: sparse from the start, with masks that move.
+`latent`: the forward pass sees other weights than those that are trained.
+`scored`: pruned by scores on the training data.
+`lottery`: train, prune, rewind, repeat. `soups`: retrain several times and average.
+`ensembles`: several networks out of one training.
+`distilled`: a network learns from one that was trained before it.
+`coupled`: two networks teach each other (D2-Sparse).
+`averaging`, `pacing`: the average of the weights, the learning-rate schedule.
+`methods`: METHODS, all of these by name, built from `options.Options`.
+"""
+
+from d2sparse.constraints.averaging import averaged
+from d2sparse.constraints.coupled import Learners, consolidated, coupled, paired
+from d2sparse.constraints.distilled import distilled, finished
+from d2sparse.constraints.ensembles import free_tickets
+from d2sparse.constraints.growing import (
+    Moves,
+    rigl,
+    set_,
+    sparse_momentum,
+    static,
+)
+from d2sparse.constraints.latent import (
+    powerprop,
+    reparametrised,
+    soft_threshold,
+    sr_ste,
+    top_kast,
+)
+from d2sparse.constraints.lottery import (
+    Rewinds,
+    from_ticket,
+    iterative_magnitude,
+    kept,
+)
+from d2sparse.constraints.masked import Pattern
+from d2sparse.constraints.methods import METHODS, Method
+from d2sparse.constraints.options import Options
+from d2sparse.constraints.pacing import paced
+from d2sparse.constraints.pruning import ac_dc, gradual, granet, movement, one_shot
+from d2sparse.constraints.scored import fisher, grasp, snip, synflow, wanda
+from d2sparse.constraints.soups import souped, swamp
+
+__all__ = [
+    "METHODS",
+    "Learners",
+    "Method",
+    "Moves",
+    "Options",
+    "Pattern",
+    "Rewinds",
+    "ac_dc",
+    "averaged",
+    "consolidated",
+    "coupled",
+    "distilled",
+    "finished",
+    "fisher",
+    "free_tickets",
+    "from_ticket",
+    "gradual",
+    "granet",
+    "grasp",
+    "iterative_magnitude",
+    "kept",
+    "movement",
+    "one_shot",
+    "paced",
+    "paired",
+    "powerprop",
+    "reparametrised",
+    "rigl",
+    "set_",
+    "snip",
+    "soft_threshold",
+    "souped",
+    "sparse_momentum",
+    "sr_ste",
+    "static",
+    "swamp",
+    "synflow",
+    "top_kast",
+    "wanda",
+]

@@ -1,0 +1,127 @@
+"""Sparse from the start: a random pattern, kept or moved while the weights train."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from d2sparse import distributions, rules
+from d2sparse.constraints.masked import (
+    Pattern,
+    refreshes,
+    shared,
+    under_masks,
+    with_sparsity,
+)
+from d2sparse.masks import dense_masks
+from d2sparse.rules import MaskRule
+from d2sparse.schedules import cosine, refresh_stop
+from d2sparse.train import Constraint, Masks, Training, TrainState
+
+
+class Moves(NamedTuple):
+    """How the masks of a sparse training move.
+
+    They move in its first three quarters, and less and less: the part that moves falls
+    to 0 along a cosine.
+
+    Attributes:
+      interval: steps between two refreshes.
+      drop_fraction: part of the live weights that moves at first, in [0, 1].
+      growth_samples: examples of the gradient that growth looks at; 0 for the step's.
+    """
+
+    interval: int = 100
+    drop_fraction: float = 0.3
+    growth_samples: int = 1024
+
+
+def static(sparsity: float, pattern: Pattern | None = None) -> Constraint:
+    """Static sparse training: a random pattern that is kept.
+
+    Args:
+      sparsity: fraction of zeros among the prunable weights, in [0, 1).
+      pattern: which masks are possible; shared by ERK if it names no distribution.
+    """
+
+    def constrained(training: Training) -> Training:
+        own = shared(training, pattern, distributions.erk)
+        sparse = with_sparsity(training, sparsity)
+        return under_masks(
+            sparse, "static", lambda s: rules.static(s["sparsity"], **own)
+        )
+
+    return constrained
+
+
+def set_(
+    sparsity: float, moves: Moves | None = None, pattern: Pattern | None = None
+) -> Constraint:
+    """Sparse evolutionary training: small weights fall, random ones grow.
+
+    From Mocanu et al. (arXiv 1707.04780), see `d2sparse.rules.set_`.
+
+    Args:
+      sparsity: fraction of zeros among the prunable weights, in [0, 1).
+      moves: how the masks move.
+      pattern: which masks are possible; shared by ERK if it names no distribution.
+    """
+    return _growing("set", rules.set_, sparsity, moves, pattern)
+
+
+def rigl(
+    sparsity: float, moves: Moves | None = None, pattern: Pattern | None = None
+) -> Constraint:
+    """RigL: small weights fall, those with the largest gradients grow.
+
+    From Evci et al. (arXiv 1911.11134), see `d2sparse.rules.rigl`. Arguments as in
+    `set_`.
+    """
+    chosen = moves or Moves()
+    grow = _growing("rigl", rules.rigl, sparsity, chosen, pattern)
+    return lambda training: grow(training)._replace(
+        growth_samples=chosen.growth_samples
+    )
+
+
+def sparse_momentum(
+    sparsity: float, moves: Moves | None = None, pattern: Pattern | None = None
+) -> Constraint:
+    """Small weights fall, those with the largest momentum of the gradient grow.
+
+    From Dettmers and Zettlemoyer (arXiv 1907.04840), see
+    `d2sparse.rules.sparse_momentum`. Every step needs the dense gradient. Arguments as
+    in `set_`.
+    """
+    grow = _growing("sparse_momentum", rules.sparse_momentum, sparsity, moves, pattern)
+    return lambda training: with_dense_gradient(grow(training))
+
+
+def with_dense_gradient(training: Training) -> Training:
+    """A training whose steps need the gradient of pruned weights too."""
+
+    def masks(state: TrainState) -> Masks:
+        found = training.masks(state)
+        dense = tuple(dense_masks(own) for own in found.used)
+        return found._replace(trained=dense)
+
+    return training._replace(masks=masks)
+
+
+def _growing(
+    who: str,
+    rule: Callable[..., MaskRule],
+    sparsity: float,
+    moves: Moves | None,
+    pattern: Pattern | None,
+) -> Constraint:
+    chosen = moves or Moves()
+
+    def constrained(training: Training) -> Training:
+        own = shared(training, pattern, distributions.erk)
+        drop = cosine(chosen.drop_fraction, refresh_stop(training.horizon))
+        when = refreshes(training, chosen.interval)
+        sparse = with_sparsity(training, sparsity)
+        return under_masks(
+            sparse, who, lambda s: rule(s["sparsity"], drop, **own), when
+        )
+
+    return constrained

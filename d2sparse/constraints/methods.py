@@ -1,0 +1,184 @@
+"""The methods by name: each is a row of constraints, flags that it sets, values to try.
+
+training = constrain(plain(model, data), *METHODS["rigl"].constraints(options))
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from d2sparse import scores
+from d2sparse.constraints import latent, pruning, scored, soups
+from d2sparse.constraints.averaging import averaged
+from d2sparse.constraints.coupled import Learners, coupled, paired
+from d2sparse.constraints.distilled import distilled, finished
+from d2sparse.constraints.ensembles import free_tickets
+from d2sparse.constraints.growing import rigl, set_, sparse_momentum, static
+from d2sparse.constraints.lottery import iterative_magnitude, kept
+from d2sparse.constraints.options import Options
+from d2sparse.dual import Coupling
+from d2sparse.train import Constraint
+
+Constraints = tuple[Constraint, ...]
+
+
+class Method(NamedTuple):
+    """One way to train.
+
+    Attributes:
+      constraints: options -> what the plain training is put under.
+      sets: flags that it sets, by name; a value may be a function of what is known of
+        the training, see `d2sparse.study`.
+      tries: values to try when it is tuned, by flag, besides learning rate and weight
+        decay.
+    """
+
+    constraints: Callable[[Options], Constraints]
+    sets: Mapping[str, Any] = {}
+    tries: Mapping[str, tuple[Any, ...]] = {}
+
+
+def _pruned(score: Any = None) -> Callable[[Options], Constraints]:
+    return lambda o: (
+        pruning.gradual(o.sparsity, o.refresh_interval, score or o.scored_by, o.masks),
+    )
+
+
+def _imp(o: Options) -> Constraints:
+    return (iterative_magnitude(o.sparsity, o.rounds, o.rewinds),)
+
+
+def _rigl(o: Options) -> Constraints:
+    return (rigl(o.sparsity, o.moves, o.masks),)
+
+
+def _learners(o: Options, consolidates: bool = False) -> Learners:
+    return Learners(
+        o.preset,
+        o.refresh_interval,
+        o.growth_samples,
+        o.tail,
+        o.horizon if consolidates else None,
+    )
+
+
+def _pair(o: Options) -> Constraint:
+    return paired(o.sparsity, _learners(o), o.teaching, o.masks)
+
+
+def _consolidated(o: Options) -> Constraint:
+    return paired(o.sparsity, _learners(o, consolidates=True), o.teaching, o.masks)
+
+
+def _uncoupled(o: Options) -> Constraints:
+    return (paired(o.sparsity, _learners(o), UNCOUPLED, o.masks),)
+
+
+def _mutual(o: Options) -> Constraints:
+    return (coupled((), (), dataclasses.replace(o.teaching, masks=0.0)),)
+
+
+def _finished(o: Options, pair: Constraint, merged: bool = False) -> Constraints:
+    lesson = (o.coupling, o.temperature)
+    return (finished(pair, o.finish_part, o.finish_rate, lesson, merged),)
+
+
+UNCOUPLED = Coupling(fast=0.0, slow=0.0, masks=0.0)
+_TAILS = {"tail": (0.1, 0.25, 0.5)}
+_DROPS = {"drop_fraction": (0.1, 0.3, 0.5)}
+_TEACHING = {"coupling": (0.5, 1.0, 2.0)}
+_REWINDS = {"rewind_fraction": (0.0, 0.1, 0.2)}
+_RADII = {"sharpness": (0.02, 0.05, 0.1)}
+_PRUNE_AT = {"prune_at": (0.25, 0.5, 0.75)}
+_FINISH = {"finish_rate": (0.03, 0.1, 0.3)}
+_STAYS = {"schedule": "constant"}  # An average needs a learning rate that stays.
+_ANNEALED = {"preset": "symmetric"}
+_FOLLOWED = {"preset": "fast_slow"}
+
+METHODS: Mapping[str, Method] = {
+    "dense": Method(lambda o: ()),
+    "dense_smoothed": Method(
+        lambda o: (),
+        {"label_smoothing": 0.1},
+        {"label_smoothing": (0.05, 0.1, 0.2)},
+    ),
+    "dense_averaged": Method(lambda o: (averaged(o.tail),), _STAYS, _TAILS),
+    "dense_sharp": Method(lambda o: (), {"sharpness": 0.05}, _RADII),
+    "self_distilled": Method(
+        lambda o: (distilled(weight=o.coupling, temperature=o.temperature),),
+        tries=_TEACHING,
+    ),
+    "fixed": Method(lambda o: (kept(),)),
+    "static": Method(lambda o: (static(o.sparsity, o.masks),)),
+    "set": Method(lambda o: (set_(o.sparsity, o.moves, o.masks),), tries=_DROPS),
+    "rigl": Method(_rigl, tries=_DROPS),
+    "rigl_averaged": Method(lambda o: (*_rigl(o), averaged(o.tail)), _STAYS, _TAILS),
+    "rigl_half": Method(
+        lambda o: (rigl((1 + o.sparsity) / 2, o.moves, o.masks),), tries=_DROPS
+    ),
+    "sparse_momentum": Method(
+        lambda o: (sparse_momentum(o.sparsity, o.moves, o.masks),), tries=_DROPS
+    ),
+    "random": Method(_pruned(scores.random)),
+    "gradual": Method(_pruned()),
+    "one_shot": Method(
+        lambda o: (pruning.one_shot(o.sparsity, o.prune_at, o.scored_by, o.masks),),
+        tries=_PRUNE_AT,
+    ),
+    "movement": Method(
+        lambda o: (pruning.movement(o.sparsity, o.refresh_interval, o.masks),)
+    ),
+    "granet": Method(
+        lambda o: (pruning.granet(o.sparsity, o.start_sparsity, o.moves, o.masks),),
+        tries=_DROPS,
+    ),
+    "ac_dc": Method(lambda o: (pruning.ac_dc(o.sparsity, o.masks),)),
+    "top_kast": Method(
+        lambda o: (latent.top_kast(o.sparsity, o.backward_density, o.masks),)
+    ),
+    "sr_ste": Method(lambda o: (latent.sr_ste(o.sparsity, o.group),)),
+    "str": Method(lambda o: (latent.soft_threshold(o.threshold_decay),)),
+    "powerprop": Method(
+        lambda o: (latent.powerprop(o.sparsity, o.prune_at, o.power, o.masks),)
+    ),
+    "snip": Method(lambda o: (scored.snip(o.sparsity, o.score_samples, o.masks),)),
+    "grasp": Method(lambda o: (scored.grasp(o.sparsity, o.score_samples, o.masks),)),
+    "fisher": Method(lambda o: (scored.fisher(o.sparsity, o.score_samples, o.masks),)),
+    "synflow": Method(lambda o: (scored.synflow(o.sparsity, o.masks),)),
+    "wanda": Method(
+        lambda o: (scored.wanda(o.sparsity, o.prune_at, o.score_samples, o.masks),),
+        tries=_PRUNE_AT,
+    ),
+    "imp": Method(_imp, tries=_REWINDS),
+    "soup": Method(lambda o: (soups.souped(o.sparsity, o.rounds, o.members),)),
+    "swamp": Method(lambda o: (soups.swamp(o.sparsity, o.rounds, o.members),)),
+    "free_tickets": Method(
+        lambda o: (free_tickets(o.sparsity, o.members, o.explore, o.moves, o.masks),),
+        tries={"explore": (0.3, 0.5, 0.7)},
+    ),
+    "dense_mutual": Method(_mutual, tries=_TEACHING),
+    "dense_ensemble": Method(lambda o: (coupled((), (), UNCOUPLED),)),
+    "uncoupled_pair": Method(_uncoupled, _ANNEALED),
+    "uncoupled_averaged": Method(_uncoupled, tries=_TAILS),
+    "d2_sparse": Method(lambda o: (_pair(o),), tries=_TAILS),
+    "d2_annealed": Method(lambda o: (_pair(o),), _ANNEALED, _TEACHING),
+    "d2_views": Method(
+        lambda o: (_pair(o),), {**_ANNEALED, "independent_views": True}, _TEACHING
+    ),
+    "d2_confident": Method(
+        lambda o: (_pair(o),),
+        {**_ANNEALED, "weighted_coupling": True},
+        {"trust_threshold": (0.0, 0.5, 0.8)},
+    ),
+    "d2_sharp": Method(lambda o: (_pair(o),), {**_ANNEALED, "sharpness": 0.05}, _RADII),
+    "d2_consolidated": Method(lambda o: (_consolidated(o),), _FOLLOWED),
+    "d2_distilled": Method(lambda o: _finished(o, _pair(o)), _ANNEALED, _FINISH),
+    "d2_merged": Method(
+        lambda o: _finished(o, _consolidated(o), merged=True), _FOLLOWED, _FINISH
+    ),
+    "d2_averaged_views": Method(
+        lambda o: (_pair(o),), {"independent_views": True}, _TAILS
+    ),
+    "d2_averaged_sharp": Method(lambda o: (_pair(o),), {"sharpness": 0.05}, _TAILS),
+    "d2_averaged_distilled": Method(lambda o: _finished(o, _pair(o)), {}, _FINISH),
+}

@@ -1,0 +1,217 @@
+"""The numbers and choices that methods can be varied by."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
+
+from d2sparse import distributions, masks, scores
+from d2sparse.constraints.growing import Moves
+from d2sparse.constraints.lottery import Rewinds
+from d2sparse.constraints.masked import Pattern
+from d2sparse.distributions import Distribution, check_sparsity
+from d2sparse.dual import Coupling
+from d2sparse.masks import Selection
+from d2sparse.scores import Score
+
+DistributionName = Literal["auto", "global", "uniform", "er", "erk"]
+PatternName = Literal["unstructured", "n_of_m", "blocks", "channels"]
+ScoreName = Literal["magnitude", "random", "saliency", "gradient"]
+Preset = Literal["averaged", "symmetric", "fast_slow", "constant"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the methods."""
+
+    sparsity: float = 0.8  # zeros among the prunable weights; a pair shares the rest
+
+    # How layers share the live weights; auto is what suits the method.
+    distribution: DistributionName = "auto"
+    # Sparsities of single leaves as pattern:sparsity, such as head/*:0.5; the others
+    # share what is left by the distribution, and by erk where that is global.
+    layer_sparsities: tuple[str, ...] = ()
+    pattern: PatternName = "unstructured"  # which weights live and die together
+    group: int = 4  # m of n:m, in the pattern n_of_m and in sr_ste; side of blocks
+    score: ScoreName = "magnitude"  # what one_shot, gradual and imp prune by
+
+    refresh_interval: int = 0  # steps between mask refreshes; 0: from data and steps
+    growth_samples: int = 1024  # examples of a growth gradient; 0: those of the step
+    # Part of the live weights that moves at the first refresh; falls to 0 by a cosine.
+    drop_fraction: float = 0.3
+    # Part of the training after which one_shot, powerprop and wanda prune.
+    prune_at: float = 0.5
+    start_sparsity: float = 0.5  # of the random pattern that granet begins with
+    backward_density: float = 2.0  # weights top_kast trains for each one that it uses
+    score_samples: int = 256  # examples that snip, grasp, fisher and wanda look at
+    power: float = 2.0  # alpha of powerprop, whose weights are theta |theta|^(alpha-1)
+    threshold_decay: float = 0.03  # weight decay on the thresholds of str
+
+    rounds: int = 5  # prunings of imp, soup and swamp
+    rewind_fraction: float = (
+        0.1  # part of a round whose weights later rounds start from
+    )
+    # What goes back between rounds: weights and learning rate, or the latter alone.
+    rewinding: Literal["weights", "learning_rate"] = "weights"
+    members: int = 2  # networks of free_tickets, and of a round of soup and swamp
+    explore: float = 0.5  # part of the training before free_tickets anneals the first
+
+    tail: float = 0.25  # last part of the training whose weights are averaged
+    coupling: float = 1.0  # weight of a peer's or a teacher's teaching
+    temperature: float = 1.0  # of the softened outputs that are taught
+    coupling_ramp: int = 0  # steps over which the teaching grows to its weight
+    weighted_coupling: bool = False  # weigh the teaching by the peer's confidence
+    trust_threshold: float = 0.0  # confidence below which a peer does not teach
+    mask_coupling: float = 1.0  # 1: masks avoid each other, 0: independent, -1: attract
+    independent_views: bool = False  # augment the batch for each learner anew
+    preset: Preset = "averaged"  # learning rates and mask moves of a pair's learners
+    horizon: int = 0  # steps the slow average reaches back; 0: a sixth of the training
+    finish_part: float = 0.25  # last part of the training that trains one network
+    finish_rate: float = 0.1  # its learning rate, as a part of the first one
+
+    def __post_init__(self) -> None:
+        """Refuses values out of their ranges."""
+        check_sparsity(self.sparsity)
+        for name, least in _LEAST.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(
+                    f"expected {name} >= {least}, got {getattr(self, name)}"
+                )
+        for name in _FRACTIONS:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"expected {name} in [0, 1), got {getattr(self, name)}"
+                )
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"expected {name} of {', '.join(choices)}, got "
+                    f"{getattr(self, name)!r}"
+                )
+
+    @property
+    def masks(self) -> Pattern:
+        """Which masks are possible."""
+        return Pattern(self._distribution(), self._selection())
+
+    @property
+    def moves(self) -> Moves:
+        """How masks move; the refresh interval has to be known."""
+        return Moves(self.refresh_interval, self.drop_fraction, self.growth_samples)
+
+    @property
+    def rewinds(self) -> Rewinds:
+        """What goes back between rounds."""
+        return Rewinds(self.rewind_fraction, self.rewinding, self.scored_by)
+
+    @property
+    def scored_by(self) -> Score:
+        """What prunes by."""
+        found: Score = getattr(scores, self.score)
+        return found
+
+    @property
+    def teaching(self) -> Coupling:
+        """How two learners influence each other."""
+        return Coupling(
+            fast=self.coupling,
+            slow=self.coupling,
+            temperature=self.temperature,
+            ramp=self.coupling_ramp,
+            masks=self.mask_coupling,
+            independent_views=self.independent_views,
+            weighted=self.weighted_coupling,
+            threshold=self.trust_threshold,
+        )
+
+    def _selection(self) -> Selection:
+        makers: dict[str, Callable[[], Selection]] = {
+            "unstructured": lambda: masks.select,
+            "n_of_m": lambda: masks.n_of_m(self.group),
+            "blocks": lambda: masks.blocks((self.group, self.group)),
+            "channels": masks.channels,
+        }
+        return makers[self.pattern]()
+
+    def _distribution(self) -> Distribution | None:
+        named: dict[str, Distribution | None] = {
+            "auto": None,
+            "global": distributions.global_,
+            "uniform": distributions.uniform,
+            "er": distributions.er,
+            "erk": distributions.erk,
+        }
+        table = read_table(self.layer_sparsities)
+        if not table:
+            return named[self.distribution]
+        if self.distribution == "global":
+            raise ValueError(
+                "expected distribution of uniform, er, erk beside layer_sparsities, "
+                "got 'global', which has no number for every leaf; leave it away"
+            )
+        return distributions.explicit(
+            table, named[self.distribution] or distributions.erk
+        )
+
+
+_LEAST = {
+    "group": 1,
+    "refresh_interval": 0,
+    "growth_samples": 0,
+    "backward_density": 1,
+    "score_samples": 1,
+    "power": 1,
+    "threshold_decay": 0,
+    "rounds": 1,
+    "members": 1,
+    "coupling": 0,
+    "horizon": 0,
+}
+_FRACTIONS = (
+    *("drop_fraction", "prune_at", "start_sparsity", "rewind_fraction", "explore"),
+    *("trust_threshold", "finish_part"),
+)
+_CHOICES = {
+    "distribution": get_args(DistributionName),
+    "pattern": get_args(PatternName),
+    "score": get_args(ScoreName),
+    "rewinding": ("weights", "learning_rate"),
+    "preset": get_args(Preset),
+}
+
+
+def read_table(entries: Iterable[str]) -> dict[str, float]:
+    """Sparsities by pattern, of entries such as "head/*:0.5".
+
+    Raises:
+      ValueError: an entry is none, or a pattern stands there twice.
+
+    >>> read_table(["head/*:0.5"])
+    {'head/*': 0.5}
+    """
+    table: dict[str, float] = {}
+    for entry in entries:
+        pattern, _, text = entry.rpartition(":")
+        sparsity = _sparsity(text)
+        if not pattern or sparsity is None:
+            raise ValueError(
+                "expected layer_sparsities of the form pattern:sparsity in [0, 1], "
+                f"such as head/*:0.5, got {entry!r}"
+            )
+        if pattern in table:
+            raise ValueError(
+                f"expected layer_sparsities with every pattern once, got {pattern!r} "
+                "twice; leave one away"
+            )
+        table[pattern] = sparsity
+    return table
+
+
+def _sparsity(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 <= value <= 1 else None
+
+
+Changes = dict[str, Any]
