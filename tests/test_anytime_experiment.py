@@ -243,7 +243,22 @@ def test_compat_cuts_the_data_in_their_own_order(tmp_path, task):
     released = anytime.resolve(dataclasses.replace(TINY, compat="app-2022"))
     labels = np.asarray(task[1].train.labels)
     first = make_timetable(released, labels, seed=0).stream[0]
-    np.testing.assert_array_equal(np.concatenate(first), np.arange(60))
+    np.testing.assert_array_equal(np.sort(np.concatenate(first)), np.arange(60))
+
+
+def test_a_stream_sorted_by_class_trains_on_all_of_them_or_is_refused():
+    labels = np.repeat(np.arange(10), 18)
+    config = dataclasses.replace(TINY, permuted=False)
+    for stratified, megabatches in ((False, 3), (True, 3), (True, 1)):
+        own = dataclasses.replace(
+            config, stratified=stratified, megabatches=megabatches
+        )
+        for part in make_timetable(own, labels, seed=0).visible[-1]:
+            assert stratified <= (set(labels[part]) == set(range(10)))
+        trained = make_timetable(own, labels, seed=0).visible[-1].train
+        assert set(labels[trained]) == set(range(10))
+    with pytest.raises(ValueError, match=r"none of the examples of \[7, 8, 9\]"):
+        make_timetable(dataclasses.replace(config, wait=2), labels, seed=0)
 
 
 CHANGES = [
@@ -339,6 +354,7 @@ BAD = [
     ({"tau": 0.0}, "target level above 0, got 0"),
     ({"replay": "buffer", "replay_size": 0}, "replay buffer of at least 1 example"),
     ({"megabatches": 12}, "fill a batch of 16, got 14 examples to train on"),
+    ({"stream_validation": 0.01}, "stream_validation=0.01 of 60 examples; raise it"),
     ({"wait": 4}, "wait for 1 to 3 megabatches, as there are, got 4"),
     ({"methods": ()}, r"methods of dense, scratch, .*got none"),
     ({"methods": ("apps",)}, r"methods of dense, .*got 'apps'"),

@@ -197,7 +197,8 @@ def make_timetable(config: StreamConfig, labels: np.ndarray, seed: int) -> Timet
     """What a seed sees; it does not depend on the learner.
 
     Raises:
-      ValueError: the data cannot be cut, replayed or waited for like that, or a stage
+      ValueError: the data cannot be cut, replayed or waited for like that, a class
+        would never be trained on, nothing is held out to choose epochs by, or a stage
         does not fill one batch.
     """
     stream = data.cut_stream(
@@ -209,6 +210,7 @@ def make_timetable(config: StreamConfig, labels: np.ndarray, seed: int) -> Timet
         config.permuted,
     )
     arrived = data.accumulate(stream, config.wait)
+    _check_classes(config, labels, arrived)
     visible = data.visible(
         arrived, config.replay, seed, config.replay_size, config.replay_fraction
     )
@@ -218,6 +220,27 @@ def make_timetable(config: StreamConfig, labels: np.ndarray, seed: int) -> Timet
     smallest = min(len(own.train) for own in arrived)
     scored = max(int(config.score_fraction * smallest), 1)
     return Timetable(stream, arrived, visible, stages, scored)
+
+
+def _check_classes(config: StreamConfig, labels: np.ndarray, arrived: Stream) -> None:
+    """Every class is trained on at some time, and every stage can be validated."""
+    trained = np.concatenate([own.train for own in arrived])
+    if len(missing := np.setdiff1d(labels, labels[trained])):
+        raise ValueError(
+            "expected every class to be trained on at some time, got none of the "
+            f"examples of {missing.tolist()}, which come after the last megabatch that "
+            f"--wait={config.wait} trains on; choose a --wait that divides "
+            f"--megabatches={config.megabatches}, or --stratified"
+        )
+    if config.select != "best" or not config.stream_validation:
+        return
+    if not all(len(own.validation) for own in arrived):
+        raise ValueError(
+            "expected something to hold out of every megabatch, got "
+            f"--stream_validation={config.stream_validation} of "
+            f"{min(sum(map(len, own)) for own in arrived)} examples; raise it, lower "
+            "--megabatches, or choose --select=last"
+        )
 
 
 def app_densities(config: StreamConfig, stages: int) -> list[float]:
