@@ -11,11 +11,19 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from d2sparse import masks, rules
+from d2sparse import masks, models, rules
+from d2sparse.data import Split
 from d2sparse.distributions import uniform
-from d2sparse.masks import apply_masks
 from d2sparse.schedules import alternating, cosine, cubic, every
-from d2sparse.transforms import get_masks, sparsify
+from d2sparse.train import (
+    guard,
+    init_state,
+    make_loss,
+    make_optimizer,
+    make_train_step,
+    to_device,
+)
+from d2sparse.transforms import average_weights, get_masks, sparsify
 
 SPECS = {"a": P("x", "y"), "b": P(None, "y"), "c": P("y")}
 SHAPES = {"a": (8, 8), "b": (8, 4), "c": (4,)}
@@ -74,22 +82,31 @@ def alone(name):
 
 
 def assert_alone(name, found, dtype=np.float32):
-    params, live = found
-    for path, expected in alone(name)[1].items():
-        np.testing.assert_array_equal(live[path], expected, err_msg=path)
+    (params, live), (weights, expected) = found, alone(name)
+    for path in SHAPES:
+        np.testing.assert_array_equal(live[path], expected[path], err_msg=path)
         assert params[path].dtype == dtype
-    expected = apply_masks(normals(0), alone(name)[1])
-    for path, weights in expected.items():
-        np.testing.assert_array_equal(np.float32(params[path]), weights, err_msg=path)
+        got = np.asarray(params[path], np.float32)
+        np.testing.assert_array_equal(got, weights[path], err_msg=path)
 
 
-@contextlib.contextmanager
 def wide():
-    with getattr(jax, "enable_x64", None)(True):
-        yield
+    """With `jax_enable_x64`, for a while."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    return jax.experimental.enable_x64()
 
 
-@pytest.fixture(params=RULES)
+# What the others do is a part of what these do.
+QUICK = ("one_shot_in_iterations", "movement", "granet", "n_of_m")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(rule, marks=() if rule in QUICK else pytest.mark.slow)
+        for rule in RULES
+    ]
+)
 def name(request):
     return request.param
 
@@ -155,3 +172,27 @@ def test_numbers_below_all_of_float32_may_be_kept():
     with wide():
         kept = masks.top_k(jnp.array([-1e300, -np.inf, np.nan, -1e301]), 3)
         assert kept.tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_step_of_training_returns_the_types_it_takes_in_64_bits(optimizer):
+    # On accelerators steps are a scan, whose carry has one type.
+    model = models.make_model("lenet_300_100", 10, 0.1)
+    images = np.zeros((8, 8, 8, 1), np.uint8)
+    with wide():
+        data = to_device(Split(images, np.arange(8, dtype=np.int32)))
+
+        def make_tx(settings):
+            inner = make_optimizer(optimizer, settings["learning_rate"])
+            return sparsify(average_weights(inner, 2), rules.rigl(0.5), every(2))
+
+        settings = {"learning_rate": 0.1}
+        state = jax.eval_shape(
+            lambda key: init_state(model, make_tx(settings), data, key, settings),
+            jax.random.key(0),
+        )
+        step = guard(make_train_step(make_loss(model), make_tx, 4, every(2)))
+        after, _ = jax.eval_shape(step, state, data, jnp.zeros(4, jnp.int32))
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        for x, y in zip(*map(jax.tree.leaves, (state, after)), strict=True):
+            assert (x.shape, x.dtype) == (y.shape, y.dtype)
