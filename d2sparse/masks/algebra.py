@@ -18,7 +18,7 @@ def dense_masks(params: PyTree) -> PyTree:
     >>> dense_masks({"bias": jnp.zeros(2)})["bias"].tolist()
     [True, True]
     """
-    return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+    return jax.tree.map(lambda leaf: jnp.ones_like(leaf, bool), params)
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -152,9 +152,9 @@ def count_live(mask: jax.Array) -> jax.Array:
     rows = mask.reshape(pieces, -1)
     # A plain sum writes the mask out as integers first.
     sums = jax.lax.fori_loop(
-        0, len(rows), lambda i, acc: acc + rows[i], jnp.zeros(rows.shape[1], jnp.int32)
+        0, len(rows), lambda i, acc: acc + rows[i], jnp.zeros_like(rows[0], jnp.int32)
     )
-    return jnp.sum(sums)
+    return jnp.sum(sums, dtype=jnp.int32)
 
 
 def density(masks: PyTree, prunable: Prunable = is_kernel) -> jax.Array:

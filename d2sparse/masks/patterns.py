@@ -7,6 +7,7 @@ either. Budgets stay in weights and are rounded to what the pattern can hold.
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from d2sparse.masks.algebra import count_live
 from d2sparse.masks.layout import linear_index, ordered_bits, tie_order
 from d2sparse.masks.selection import Selection, select
+from d2sparse.meshes import on_auto_axes
 from d2sparse.tree import Count, Counts
 
 Shape = tuple[int, ...]
@@ -66,13 +68,15 @@ def n_of_m(m: int, axis: int = -2) -> Selection:
             counts = {path: count_live(mask) for path, mask in together.items()}
         steps = {path: score.size // m for path, score in scores.items()}
         n = _whole(counts, steps, scores)
-        salts = [None] * len(n) if key is None else jax.random.bits(key, (len(n),))
+        salts: Any = [None] * len(n)
+        if key is not None:
+            salts = jax.random.bits(key, (len(n),), jnp.uint32)
         return {
             path: _n_largest(score, n[path], salt, m, axis)
             for (path, score), salt in zip(scores.items(), salts, strict=True)
         }
 
-    return selection
+    return _on_auto_axes(selection)
 
 
 def blocks(shape: tuple[int, int] = (32, 32)) -> Selection:
@@ -165,7 +169,33 @@ def _cells(cell_of: Callable[[str, Shape], Shape]) -> Selection:
             kept = select(means, counts, key, sizes)
         return {p: _spread(kept[p], score, cells[p]) for p, score in scores.items()}
 
-    return selection
+    return _on_auto_axes(selection)
+
+
+def _on_auto_axes(selection: Selection) -> Selection:
+    """The selection, which cuts and joins axes, for leaves that are sharded too."""
+
+    def on_any_axes(
+        scores: Mapping[str, jax.Array], counts: Counts, key: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        # In lists: a dict that JAX takes apart comes back in the order of its keys.
+        paths, leaves = list(scores), list(scores.values())
+        wanted: Any = counts
+        if by_leaf := isinstance(counts, Mapping):
+            wanted = [counts[path] for path in paths]
+
+        def select(
+            leaves: list[jax.Array], counts: Any, key: jax.Array | None
+        ) -> list[jax.Array]:
+            named = dict(zip(paths, counts, strict=True)) if by_leaf else counts
+            return list(
+                selection(dict(zip(paths, leaves, strict=True)), named, key).values()
+            )
+
+        kept = on_auto_axes(select, leaves, leaves, wanted, key)
+        return dict(zip(paths, kept, strict=True))
+
+    return on_any_axes
 
 
 def _whole(
@@ -249,7 +279,9 @@ def _as_float(score: jax.Array) -> jax.Array:
     score = jnp.asarray(score)
     if score.dtype == bool:
         return jnp.where(score, jnp.float32(0.0), -jnp.inf)
-    return score.astype(jnp.float32)
+    # Of a wider type too: a number below all of float32 is no `-inf`.
+    as_float = jnp.maximum(score.astype(jnp.float32), _LOWEST)
+    return jnp.where(score > -jnp.inf, as_float, -jnp.inf)
 
 
 def _sides(shape: Shape, cell: Shape) -> Shape:

@@ -81,9 +81,15 @@ def one_shot(
             masks, nan = pruned(before[0], 1 - (1 - sparsity) ** share)
             return masks, either(nan, before[1])
 
+        if iterations == 1:
+            return pruned(masks, sparsity)
+        given = (masks, params, grads, sparsity, key)
         none = {p: jnp.zeros((), bool) for p in tree.shapes(params, prunable)}
-        before, given = (masks, none), (masks, params, grads, sparsity, key)
-        if iterations > 1 and _is_traced(given):
+        before = (masks, none)
+        if _is_traced(given):
+            # The loop carries one type: what lies on a mesh afterwards does so before.
+            after = iteration(1, before)
+            before = jax.tree.map(lambda x, y: x | jnp.zeros_like(y), before, after)
             before = jax.lax.fori_loop(1, iterations, iteration, before)
         else:
             # Outside of a compiled function the loop would be compiled at every call.

@@ -120,7 +120,7 @@ def _under_masks(
             masks=masks,
             inner=inner.init(begin),
             observed=observe.init(begin),
-            nan=jnp.zeros(len(jax.tree.leaves(params)), bool),
+            nan=_no_nan(params),
         )
 
     def update(
@@ -156,8 +156,12 @@ def _under_masks(
             found = _has_nan(params) | _has_nan(list(own.values()))
             return masks, state.nan | found | _in_order(nan, paths)
 
+        def placed(found: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
+            masks, nan = found
+            return jax.tree.map(_placed_as, masks, params), nan | _no_nan(params)
+
         due = when(state.step) if refresh is None else refresh
-        masks, nan = _branch(due, refreshed, lambda: (state.masks, state.nan))
+        masks, nan = _branch(due, refreshed, lambda: (state.masks, state.nan), placed)
         moments = mask_moments(inner, state.inner, masks)
         changes, moments = inner.update(
             apply_masks(updates, masks), moments, params, **extra_args
@@ -216,16 +220,28 @@ def mask_moments(
 
 
 def _branch(
-    due: jax.Array | bool, refreshed: Callable[[], Any], kept: Callable[[], Any]
+    due: jax.Array | bool,
+    refreshed: Callable[[], Any],
+    kept: Callable[[], Any],
+    placed: Callable[[Any], Any],
 ) -> Any:
     if isinstance(due, jax.core.Tracer):
-        return jax.lax.cond(due, refreshed, kept)
+        # Both are of one type, also on a mesh or inside of `jax.shard_map`.
+        return jax.lax.cond(due, lambda: placed(refreshed()), lambda: placed(kept()))
     # In an eager loop a `cond` of new closures would be compiled at every step.
     return refreshed() if bool(due) else kept()
 
 
 def _placed_as(mask: jax.Array, param: Any) -> jax.Array:
+    """The mask where the parameter is: sharded as it is, varying over the same axes."""
     return mask & jnp.ones_like(param, bool)
+
+
+def _no_nan(params: PyTree) -> jax.Array:
+    """bool[leaves], all False, where a reduction of the parameters would be."""
+    leaves = jax.tree.leaves(params)
+    known = [x if isinstance(x, jax.Array) else jnp.zeros(()) for x in leaves]
+    return jnp.zeros_like(_has_nan(known))
 
 
 def _as_key(key: jax.Array | int) -> jax.Array:
