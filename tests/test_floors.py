@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
+    "checks": -1,  # Below all others.
     "tree": 0,
     "masks": 1,
     "scores": 1,

@@ -17,10 +17,11 @@ from d2sparse.masks.algebra import (
     refuse_other_paths,
     sparsity,
 )
-from d2sparse.masks.patterns import blocks, channels, n_of_m
+from d2sparse.masks.patterns import Pattern, blocks, channels, n_of_m
 from d2sparse.masks.selection import Selection, select, top_k
 
 __all__ = [
+    "Pattern",
     "Selection",
     "apply_masks",
     "blocks",

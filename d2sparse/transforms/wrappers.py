@@ -110,7 +110,7 @@ def _under_masks(
         # A copy: the state may be donated, and the caller's key with it.
         root = jnp.copy(_as_key(key))
         # The reserved number keeps the first mask apart from every refresh.
-        masks = rule.init(params, jax.random.fold_in(root, 0xFFFFFFFF))
+        masks = rules.begin(rule, params, jax.random.fold_in(root, 0xFFFFFFFF))
         # Where the parameters are, if they are sharded.
         masks = jax.tree.map(_placed_as, masks, params)
         begin = params if freezes else apply_masks(params, masks)

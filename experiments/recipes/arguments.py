@@ -21,7 +21,8 @@ def make_shared(task: Task, options: Options, suited: Distribution) -> Shared:
     Args:
       task: whose weights are pruned.
       options: the flags.
-      suited: the distribution where the flags name none.
+      suited: the distribution where the flags name none and weights live alone; whole
+        groups have the same sparsity in every leaf.
 
     Raises:
       ValueError: the distribution cannot stand beside a table of sparsities.
@@ -60,7 +61,7 @@ def rehearse(task: Task, options: Options, arguments: Shared) -> None:
 
 def _make_distribution(options: Options, suited: Distribution) -> Distribution:
     named: dict[str, Distribution] = {
-        "auto": suited,
+        "auto": suited if options.pattern == "unstructured" else distributions.uniform,
         "global": distributions.global_,
         "uniform": distributions.uniform,
         "er": distributions.er,
