@@ -8,10 +8,24 @@ import jax.numpy as jnp
 import optax
 
 from d2sparse import rules, tree
-from d2sparse.masks import apply_masks, is_gap
+from d2sparse.masks import apply_masks
 from d2sparse.rules import MaskRule
 from d2sparse.schedules import When, every
-from d2sparse.transforms.states import FreezeState, SparsifyState, check_refreshes
+from d2sparse.transforms.inputs import (
+    as_key,
+    is_abstract,
+    is_placeholder,
+    key_implementation,
+    refuse_missing,
+    widened,
+)
+from d2sparse.transforms.moments import renewed
+from d2sparse.transforms.states import (
+    FreezeState,
+    SparsifyState,
+    check_refreshes,
+    refuse_masks,
+)
 from d2sparse.tree import PyTree
 
 
@@ -105,22 +119,34 @@ def _under_masks(
     observe = rule.observe or optax.identity()
     when = every(100) if when is None else when
     freezes = state_type is FreezeState
+    name = "freeze" if freezes else "sparsify"
+
+    def _beginning(params: PyTree, masks: PyTree) -> PyTree:
+        return params if freezes else apply_masks(params, masks)
 
     def init(params: optax.Params) -> Any:
+        if is_abstract(params):
+            return jax.eval_shape(init, params)
         # A copy: the state may be donated, and the caller's key with it.
-        root = jnp.copy(_as_key(key))
+        root = jnp.copy(jax.random.key_data(as_key(key)))
         # The reserved number keeps the first mask apart from every refresh.
-        masks = rule.init(params, jax.random.fold_in(root, 0xFFFFFFFF))
+        first = jax.random.fold_in(as_key(key), 0xFFFFFFFF)
+        # A placeholder stands for itself, in the masks as in the moments.
+        masks = params if is_placeholder(params) else rule.init(params, first)
         # Where the parameters are, if they are sharded.
         masks = jax.tree.map(_placed_as, masks, params)
-        begin = params if freezes else apply_masks(params, masks)
+        begin = _beginning(params, masks)
+        nobody = jnp.zeros(len(jax.tree.leaves(params)), bool)
+        moments = inner.init(begin)
+        refuse_masks(moments)
         return state_type(
             step=jnp.zeros((), jnp.int32),
             key=root,
             masks=masks,
-            inner=inner.init(begin),
-            observed=observe.init(begin),
-            nan=jnp.zeros(len(jax.tree.leaves(params)), bool),
+            inner=moments,
+            observed=observe.init(jax.tree.map(widened, begin)),
+            nan=nobody,
+            revived=jnp.copy(nobody),
         )
 
     def update(
@@ -133,11 +159,14 @@ def _under_masks(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         if params is None:
-            name = "freeze" if freezes else "sparsify"
             raise ValueError(
                 f"{name} needs the parameters: call `tx.update(grads, state, params)`"
             )
-        seen, observed = observe.update(updates, state.observed, params)
+        refuse_missing(updates, params)
+        seen, observed = updates, state.observed
+        if rule.observe is not None:
+            wide = jax.tree.map(widened, updates)
+            seen, observed = observe.update(wide, observed, params)
 
         # Only masks pass through the branches: a cond around the optimiser would copy
         # its whole state.
@@ -146,9 +175,10 @@ def _under_masks(
                 grads = seen
             else:
                 grads = growth_fn()
-            key = jax.random.fold_in(state.key, state.step)
+            now = jax.random.wrap_key_data(state.key, impl=key_implementation(key))
+            now = jax.random.fold_in(now, state.step)
             masks, nan = rules.refresh(
-                rule, state.masks, params, grads, state.step, key
+                rule, state.masks, params, grads, state.step, now
             )
             paths = list(tree.flatten(params))
             # Growth gradients may be those of more leaves than this wrapper sees.
@@ -158,14 +188,31 @@ def _under_masks(
 
         due = when(state.step) if refresh is None else refresh
         masks, nan = _branch(due, refreshed, lambda: (state.masks, state.nan))
-        moments = mask_moments(inner, state.inner, masks)
-        changes, moments = inner.update(
-            apply_masks(updates, masks), moments, params, **extra_args
+        # The first update may be the one that sets pruned weights to 0.
+        known = (state.step == 1) | (due & (state.step > 1))
+        revived = (
+            state.revived
+            if freezes
+            else _branch(
+                known,
+                lambda: state.revived | _are_revived(state.masks, params),
+                lambda: state.revived,
+            )
         )
+        fresh = inner.init(_beginning(params, masks))
+        changes, moments = inner.update(
+            apply_masks(updates, masks),
+            renewed(inner, state.inner, masks, fresh),
+            params,
+            **extra_args,
+        )
+        # Copies of weights in the state follow the parameters, whatever the inner
+        # optimiser would have made of them.
+        moments = renewed(inner, moments, masks, fresh)
         emit = _change_or_nothing if freezes else _change_or_removal
         emitted = jax.tree.map(emit, masks, changes, params)
         step = optax.safe_increment(state.step)
-        state = state_type(step, state.key, masks, moments, observed, nan)
+        state = state_type(step, state.key, masks, moments, observed, nan, revived)
         if not isinstance(nan, jax.core.Tracer):
             check_refreshes(state)
         return emitted, state
@@ -187,34 +234,6 @@ def _refuse_numbers(rule: Any, when: Any) -> None:
         )
 
 
-def mask_moments(
-    inner: optax.GradientTransformation, state: optax.OptState, masks: PyTree
-) -> optax.OptState:
-    """An optimiser's state with the moments of pruned weights set to 0.
-
-    Reaches everything in the state that is shaped like the parameters, for any Optax
-    optimiser, through `optax.tree.map_params`; counts and factored moments stay.
-
-    Args:
-      inner: the optimiser the state belongs to.
-      state: its state.
-      masks: tree of bool like the parameters.
-
-    >>> tx = optax.trace(0.9)
-    >>> state = tx.init({"w": jnp.ones(2)})
-    >>> _, state = tx.update({"w": jnp.ones(2)}, state)
-    >>> mask_moments(tx, state, {"w": jnp.array([True, False])}).trace["w"].tolist()
-    [1.0, 0.0]
-    """
-
-    def masked(moment: Any, mask: Any) -> Any:
-        if is_gap(moment) or moment.shape != mask.shape:
-            return moment
-        return apply_masks(moment, mask)
-
-    return optax.tree.map_params(inner, masked, state, masks, is_leaf=is_gap)
-
-
 def _branch(
     due: jax.Array | bool, refreshed: Callable[[], Any], kept: Callable[[], Any]
 ) -> Any:
@@ -228,10 +247,11 @@ def _placed_as(mask: jax.Array, param: Any) -> jax.Array:
     return mask & jnp.ones_like(param, bool)
 
 
-def _as_key(key: jax.Array | int) -> jax.Array:
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    return jax.random.key(key)
+def _are_revived(masks: PyTree, params: PyTree) -> jax.Array:
+    """bool[leaves], which of them have pruned weights that are not 0."""
+    pairs = zip(jax.tree.leaves(masks), jax.tree.leaves(params), strict=True)
+    found = [jnp.any(~mask & (param != 0)) for mask, param in pairs]
+    return jnp.stack(found) if found else jnp.zeros(0, bool)
 
 
 def _has_nan(leaves: PyTree) -> jax.Array:
