@@ -15,6 +15,7 @@ from d2sparse import masks, rules, schedules, scores, tree
 from d2sparse.masks import apply_masks, is_gap
 from d2sparse.transforms import (
     check_refreshes,
+    freeze,
     get_masks,
     refreshes_are_sound,
     reset_moments,
@@ -573,6 +574,59 @@ def test_seeds_and_keys_decide_the_pattern():
     kernels = [pattern(key=seed)["dense"]["kernel"] for seed in range(3)]
     assert not np.array_equal(kernels[0], kernels[1])
     assert not np.array_equal(kernels[1], kernels[2])
+
+
+def test_keys_are_kept_as_plain_numbers_and_drawn_from_by_their_own_algorithm():
+    def states(key):
+        tx = sparsify(optax.sgd(0.1), rules.set_(0.5, drop_fraction=1.0), key=key)
+        state = tx.init(normals(0))
+        params = apply_masks(normals(0), get_masks(state))
+        return state, tx.update(normals(1), state, params, refresh=True)[1]
+
+    for a, b in zip(states(3), states(jax.random.PRNGKey(3)), strict=True):
+        assert a.key.dtype == jnp.uint32
+        assert_same(a, b)
+    first, second = states(jax.random.key(3, impl="rbg"))
+    assert first.key.shape == (4,)
+    assert not np.array_equal(
+        first.masks["dense"]["kernel"], states(3)[0].masks["dense"]["kernel"]
+    )
+    assert not np.array_equal(*(s.masks["dense"]["kernel"] for s in (first, second)))
+
+
+@pytest.mark.parametrize(
+    "key", [jax.random.split(jax.random.key(0)), 0.5, jnp.zeros(2)], ids=str
+)
+def test_what_is_no_key_is_refused(key):
+    with pytest.raises(ValueError, match="expected a seed or one key such as"):
+        sparsify(optax.sgd(0.1), rules.static(0.5), key=key).init(normals(0))
+
+
+@pytest.mark.parametrize("growth", [False, True])
+def test_a_gradient_of_none_is_refused_and_its_leaf_named(growth):
+    tx, params = sparsify(optax.sgd(0.1), rules.rigl(0.5)), normals(0)
+    none = {**normals(1), "head": {"kernel": None}}
+    grads, growth_fn = (normals(1), lambda: none) if growth else (none, None)
+    with pytest.raises(
+        ValueError, match=r"got none or None at \['head/kernel'\]; diff"
+    ):
+        tx.update(grads, tx.init(params), params, refresh=True, growth_fn=growth_fn)
+
+
+def test_half_precision_is_observed_in_float32():
+    tx = sparsify(optax.sgd(0.1), rules.sparse_momentum(0.5))
+    params = normals(0, dtype=jnp.bfloat16)
+    _, state = jit(tx.update)(params, tx.init(params), params)
+    kinds = {x.dtype.name for x in jax.tree.leaves(state.observed) if x.ndim}
+    assert kinds == {"float32"}
+
+
+@pytest.mark.parametrize("outer", [sparsify, freeze])
+@pytest.mark.parametrize("inner", [sparsify, freeze])
+def test_masks_under_masks_are_refused(outer, inner):
+    nest = optax.chain(inner(optax.sgd(0.1), rules.static(0.5)))
+    with pytest.raises(ValueError, match="expected an inner optimiser without masks"):
+        outer(nest, rules.static(0.5)).init(normals(0))
 
 
 def test_every_refresh_draws_from_a_key_of_its_own():

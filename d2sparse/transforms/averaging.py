@@ -110,8 +110,9 @@ def average_weights(
             state.average,
             jax.tree.map(widened, after),
         )
-        if sparse_states(inner_state):
-            average = apply_masks(average, get_masks(inner_state))
+        # Not those of `freeze`, whose weights are not 0.
+        if sparse := sparse_states(inner_state):
+            average = apply_masks(average, get_masks(sparse))
         step = state.step + 1
         return updates, AverageState(step, average, state.types, inner_state)
 

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from d2sparse import tree
 from d2sparse.tree import PyTree
@@ -86,6 +87,24 @@ def refuse_missing(grads: PyTree, params: PyTree) -> None:
             f"expected a gradient for every leaf, got none or None at {missing}; "
             "differentiate with respect to all parameters, or leave these leaves to "
             "another optimiser by `optax.partition`"
+        )
+
+
+def refuse_pairs(params: PyTree) -> None:
+    """Raises for the pairs of weights of `optax.lookahead`.
+
+    Its gradients are those of one of them; the other would be masked on its own.
+
+    Raises:
+      ValueError: saying what to use instead.
+
+    >>> refuse_pairs({"w": jnp.zeros(2)})
+    """
+    if isinstance(params, optax.LookaheadParams):
+        raise ValueError(
+            "expected parameters, got `optax.LookaheadParams`, whose slow weights "
+            "would not be masked as the fast ones are; leave `optax.lookahead` out and "
+            "average by `average_weights(sparsify(...))`"
         )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from d2sparse.masks import is_gap
+from d2sparse.transforms.states import mask_states
 from d2sparse.tree import PyTree
 
 
@@ -74,3 +75,42 @@ def renewed(
         is_leaf=is_gap,
     )
     return jax.tree.map(chosen, kept, state, fresh)
+
+
+def refuse_unfit(
+    inner: optax.GradientTransformation, state: optax.OptState, masks: PyTree
+) -> None:
+    """Raises if an inner optimiser cannot be under masks.
+
+    Raises:
+      ValueError: it has masks of its own, keeps two sets of weights, or its state
+        cannot be mapped over.
+
+    >>> tx, params = optax.sgd(0.1), {"w": jnp.zeros(2)}
+    >>> refuse_unfit(tx, tx.init(params), {"w": jnp.ones(2, bool)})
+    """
+    if mask_states(state):
+        raise ValueError(
+            "expected an inner optimiser without masks, got one made by `sparsify` or "
+            "`freeze`; make one rule of both, or give each its own leaves by "
+            "`optax.partition`"
+        )
+    nodes = jax.tree.leaves(state, is_leaf=_is_lookahead)
+    if any(_is_lookahead(node) for node in nodes):
+        raise ValueError(
+            "expected an inner optimiser of one set of weights, got `optax.lookahead`; "
+            "leave it out and average by `average_weights(sparsify(...))`"
+        )
+    try:
+        renewed(inner, state, masks, state)
+    except Exception as error:
+        raise ValueError(
+            "expected an inner optimiser that maps over its own state with "
+            "`optax.tree.map_params`, so that what it holds of pruned weights can be "
+            f"reset, got {type(error).__name__}: {error}; leave wrappers that change "
+            "the tree of parameters, such as `optax.flatten`, out"
+        ) from error
+
+
+def _is_lookahead(node: Any) -> bool:
+    return isinstance(node, optax.LookaheadState)

@@ -72,7 +72,7 @@ def get_masks(opt_state: optax.OptState) -> PyTree:
     >>> get_masks(tx.init({"kernel": jnp.ones((2, 2))}))["kernel"].shape
     (2, 2)
     """
-    found = [state.masks for state in _mask_states(opt_state)]
+    found = [state.masks for state in mask_states(opt_state)]
     if not found:
         raise ValueError(
             "expected the state of an optimiser made by `sparsify`, got a state "
@@ -80,7 +80,7 @@ def get_masks(opt_state: optax.OptState) -> PyTree:
         )
     masks, *others = found
     for other in others:
-        masks = jax.tree.map(_either, masks, other, is_leaf=is_gap)
+        masks = _merged(masks, other)
     return masks
 
 
@@ -118,7 +118,17 @@ def sparse_states(opt_state: optax.OptState) -> list[SparsifyState]:
     >>> sparse_states(optax.sgd(0.1).init({"kernel": jnp.ones((2, 2))}))
     []
     """
-    return [s for s in _mask_states(opt_state) if isinstance(s, SparsifyState)]
+    return [s for s in mask_states(opt_state) if isinstance(s, SparsifyState)]
+
+
+def mask_states(opt_state: optax.OptState) -> list[Any]:
+    """The states of every `sparsify` and `freeze`, in the order of the tree.
+
+    >>> mask_states(optax.sgd(0.1).init(jnp.ones(2)))
+    []
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=_has_masks)
+    return [node for node in nodes if _has_masks(node)]
 
 
 def check_refreshes(opt_state: optax.OptState) -> None:
@@ -144,7 +154,7 @@ def check_refreshes(opt_state: optax.OptState) -> None:
     >>> from d2sparse.transforms import sparsify
     >>> check_refreshes(sparsify(optax.sgd(0.1), static(0.5)).init(jnp.ones((2, 2))))
     """
-    for state in _mask_states(opt_state):
+    for state in mask_states(opt_state):
         if paths := _noted_paths(state.nan, state.masks):
             raise ValueError(
                 "expected weights, gradients and scores without NaN at a refresh of "
@@ -199,7 +209,7 @@ def refreshes_are_sound(opt_state: optax.OptState) -> jax.Array:
     >>> bool(refreshes_are_sound(optax.sgd(0.1).init(jnp.ones(2))))
     True
     """
-    found = [jnp.any(state.nan) for state in _mask_states(opt_state)]
+    found = [jnp.any(state.nan) for state in mask_states(opt_state)]
     return ~jnp.any(jnp.stack(found)) if found else jnp.ones((), bool)
 
 
@@ -221,35 +231,21 @@ def _noted_paths(noted: jax.Array, masks: PyTree) -> list[str]:
     return paths
 
 
-def _mask_states(opt_state: optax.OptState) -> list[Any]:
-    nodes = jax.tree.leaves(opt_state, is_leaf=_has_masks)
-    return [node for node in nodes if _has_masks(node)]
-
-
-def refuse_masks(opt_state: optax.OptState) -> None:
-    """Raises if the state of an inner optimiser has masks of its own.
-
-    Raises:
-      ValueError: it is made by `sparsify` or `freeze`.
-
-    >>> refuse_masks(optax.sgd(0.1).init(jnp.ones(2)))
-    """
-    if _mask_states(opt_state):
-        raise ValueError(
-            "expected an inner optimiser without masks, got one made by `sparsify` or "
-            "`freeze`; make one rule of both, or give each its own leaves by "
-            "`optax.partition`"
-        )
-
-
 def _has_masks(node: Any) -> bool:
     return isinstance(node, SparsifyState | FreezeState)
 
 
-def _either(mask: Any, other: Any) -> Any:
-    if not is_gap(mask) and not is_gap(other):
+def _merged(masks: Any, other: Any) -> Any:
+    """Masks of two branches, of which each has a gap where the other one masks."""
+    if is_gap(masks) or is_gap(other):
+        return other if is_gap(masks) else masks
+    # A gap may stand for a whole subtree: one level at a time.
+    parts, structure = jax.tree.flatten(masks, is_leaf=lambda node: node is not masks)
+    if jax.tree_util.all_leaves([masks]):
         raise ValueError(
             "expected at most one `sparsify` for every leaf, got two; take the masks "
             "of each network or optimiser from its own state"
         )
-    return other if is_gap(mask) else mask
+    others = structure.flatten_up_to(other)
+    merged = [_merged(a, b) for a, b in zip(parts, others, strict=True)]
+    return jax.tree.unflatten(structure, merged)

@@ -17,15 +17,11 @@ from d2sparse.transforms.inputs import (
     is_placeholder,
     key_implementation,
     refuse_missing,
+    refuse_pairs,
     widened,
 )
-from d2sparse.transforms.moments import renewed
-from d2sparse.transforms.states import (
-    FreezeState,
-    SparsifyState,
-    check_refreshes,
-    refuse_masks,
-)
+from d2sparse.transforms.moments import refuse_unfit, renewed
+from d2sparse.transforms.states import FreezeState, SparsifyState, check_refreshes
 from d2sparse.tree import PyTree
 
 
@@ -127,6 +123,7 @@ def _under_masks(
     def init(params: optax.Params) -> Any:
         if is_abstract(params):
             return jax.eval_shape(init, params)
+        refuse_pairs(params)
         # A copy: the state may be donated, and the caller's key with it.
         root = jnp.copy(jax.random.key_data(as_key(key)))
         # The reserved number keeps the first mask apart from every refresh.
@@ -138,7 +135,7 @@ def _under_masks(
         begin = _beginning(params, masks)
         nobody = jnp.zeros(len(jax.tree.leaves(params)), bool)
         moments = inner.init(begin)
-        refuse_masks(moments)
+        refuse_unfit(inner, moments, masks)
         return state_type(
             step=jnp.zeros((), jnp.int32),
             key=root,
@@ -177,6 +174,7 @@ def _under_masks(
                 grads = growth_fn()
             now = jax.random.wrap_key_data(state.key, impl=key_implementation(key))
             now = jax.random.fold_in(now, state.step)
+            refuse_missing(grads, params)
             masks, nan = rules.refresh(
                 rule, state.masks, params, grads, state.step, now
             )
