@@ -165,6 +165,8 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 }
 # What Optax cannot do under masks: the sentence that `init` or `update` says.
 REFUSED = {
+    "sm3": r"maps over its own state with `optax.tree.map_params`",
+    "scale_by_sm3": r"maps over its own state with `optax.tree.map_params`",
     "flatten": r"maps over its own state with `optax.tree.map_params`.*flatten",
     "lookahead": r"expected parameters, got `optax.LookaheadParams`.*average_weights",
 }
@@ -226,6 +228,12 @@ def loss(params):
     return sum(jnp.sum((w - 1.0) ** 2) for w in jax.tree.leaves(params))
 
 
+def plain(leaf):
+    """Numbers, of random keys too."""
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
+
+
 def run(tx, needs=(), masked_first=True, steps=STEPS):
     """Parameters before every update and after the last one, and states after each."""
 
@@ -246,7 +254,7 @@ def run(tx, needs=(), masked_first=True, steps=STEPS):
         if masked_first:
             params = apply_masks(params, get_masks(state))
         (last, _), seen = jax.lax.scan(step, (params, state), None, length=steps)
-        return last, *seen
+        return jax.tree.map(plain, (last, *seen))
 
     last, befores, states = jax.device_get(program(normals(0)))
     every_step = [jax.tree.map(lambda x, i=i: x[i], befores) for i in range(steps)]

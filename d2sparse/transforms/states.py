@@ -240,6 +240,7 @@ def _merged(masks: Any, other: Any) -> Any:
     if is_gap(masks) or is_gap(other):
         return other if is_gap(masks) else masks
     # A gap may stand for a whole subtree: one level at a time.
+    structure: Any
     parts, structure = jax.tree.flatten(masks, is_leaf=lambda node: node is not masks)
     if jax.tree_util.all_leaves([masks]):
         raise ValueError(

@@ -38,8 +38,10 @@ def sparsify(
     and what it returns is emitted where the mask is True, `-param` elsewhere. After
     `optax.apply_updates` pruned weights are exactly 0 and live ones have the bits the
     inner optimiser gives them (operation by operation: two programs that XLA fuses
-    differently may round differently). A weight that grows starts from 0 with zero
-    moments. `chain(clip_by_global_norm(1), sparsify(inner, ...))` clips by the norm of
+    differently may round differently). A weight that grows starts from 0 with the
+    moments that `inner.init` gives it, zero for most; copies of weights in the state,
+    such as those of `schedule_free`, are 0 where the parameters are.
+    `chain(clip_by_global_norm(1), sparsify(inner, ...))` clips by the norm of
     the dense gradient, with the clipping inside of `inner` by that of the live part.
 
     `update` takes two arguments of its own beside those it passes on to `inner`:
@@ -51,18 +53,21 @@ def sparsify(
       never where the rule observes something else than the gradient.
 
     Args:
-      inner: any Optax optimiser.
+      inner: any Optax optimiser without masks of its own, except `sm3`, `flatten` and
+        `lookahead`, which `init` refuses. Its `init` is called at every update.
       rule: how masks begin and change, such as `rigl(sparsity=0.9)`.
       when: step -> bool, when the masks are refreshed; `every(100)` if not given.
-      key: random key or seed of the rule; may be traced.
+      key: seed or random key of the rule, of any algorithm; may be traced. The state
+        holds its data as plain numbers.
 
     Returns:
       An Optax optimiser. It needs the parameters in `update`, and in an `optax.chain`
-      it comes last.
+      it comes last: what scales or averages its updates revives pruned weights.
 
     Raises:
       ValueError: in `update` outside of compiled functions, where a refresh meets a
-        NaN. Inside of them `check_refreshes` raises it from the state.
+        NaN, or pruned weights are not 0 at the second update or a later refresh.
+        Inside of them `check_refreshes` raises it from the state.
 
     >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
     >>> from d2sparse.rules import static
@@ -87,7 +92,9 @@ def freeze(
     """Trains the live weights alone; the others are frozen at the value they have.
 
     `sparsify` with one difference: where the mask is False nothing is changed, instead
-    of set to 0. It serves RISE, which freezes the weights that a lottery ticket would
+    of set to 0. Copies of weights in the state of `inner` hold the frozen values. What
+    comes after it in a chain may move frozen weights, and nothing reports it. It
+    serves RISE, which freezes the weights that a lottery ticket would
     lose (Tartaglione, ICIP 2022), and the backward set of Top-KAST (see `largest`).
 
     Arguments, `update` and errors are those of `sparsify`.
@@ -188,15 +195,13 @@ def _under_masks(
         masks, nan = _branch(due, refreshed, lambda: (state.masks, state.nan))
         # The first update may be the one that sets pruned weights to 0.
         known = (state.step == 1) | (due & (state.step > 1))
-        revived = (
-            state.revived
-            if freezes
-            else _branch(
+        revived = state.revived
+        if not freezes:
+            revived = _branch(
                 known,
                 lambda: state.revived | _are_revived(state.masks, params),
                 lambda: state.revived,
             )
-        )
         fresh = inner.init(_beginning(params, masks))
         changes, moments = inner.update(
             apply_masks(updates, masks),
