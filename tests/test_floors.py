@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
+    "disk": 0,
+    "schema": 0,
     "tree": 0,
     "masks": 1,
     "scores": 1,

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from d2sparse import disk
 from d2sparse.checkpoint import leaves, store
 from d2sparse.tree import PyTree
 
@@ -40,11 +41,22 @@ class Checkpoint(NamedTuple):
     notes: dict[str, Any]
 
 
+class _Record(NamedTuple):
+    """What is stored beside the arrays of a checkpoint."""
+
+    step: int
+    about: dict[str, Any]
+    leaves: dict[str, str]
+    score: float | None
+    notes: dict[str, Any]
+
+
 class Checkpoints:
     """The checkpoints of one run: the latest and the best, in one directory.
 
     `save` copies the state to the host and returns; a thread writes it. In a run of
-    several processes all of them make the same calls, and the first one writes.
+    several processes all of them make the same calls, and the first one writes. From
+    its first save on the directory is locked, until the object or the process ends.
 
     >>> import tempfile, jax.numpy as jnp
     >>> with Checkpoints(tempfile.mkdtemp(), about={"steps": 100}) as checkpoints:
@@ -63,22 +75,24 @@ class Checkpoints:
         """Opens a directory; nothing is written yet.
 
         Args:
-          directory: made at the first save.
+          directory: on a local or mounted file system; made at the first save.
           about: what makes the checkpoints, such as the configuration; what JSON can
             hold. Those made by something else are refused. If not given, checkpoints
             of any origin are restored.
           keep: how many of the latest are kept. The best one is kept besides.
 
         Raises:
-          ValueError: `keep` is not positive, or `about` is not JSON.
+          ValueError: `keep` is not positive, `about` is not JSON, or the directory is
+            an address such as gs://bucket.
         """
         if keep < 1:
             raise ValueError(f"expected to keep at least 1 checkpoint, got {keep}")
-        self.directory = Path(directory).absolute()
+        self.directory = disk.local_path(directory, "the directory").absolute()
         self._about = None if about is None else _json("about", about)
         self._keep = keep
         self._thread: threading.Thread | None = None
         self._failed: tuple[int, Exception] | None = None
+        self._lock: disk.Lock | None = None
 
     def __enter__(self) -> "Checkpoints":
         """Nothing happens."""
@@ -112,22 +126,26 @@ class Checkpoints:
           score: the higher, the better. NaN never counts.
 
         Raises:
-          ValueError: a negative step, notes that are not JSON, or an array of which
-            this process has a part only.
-          OSError: the save before this one failed, for instance on a full disk. The
-            message names the last checkpoint, which is intact.
+          ValueError: a negative step, notes that are not JSON, a leaf that is no array
+            of numbers, an array of which this process has a part only, or another
+            process that saves to the directory.
+          OSError: the directory cannot be made; or the save before this one failed, for
+            instance on a full disk. The message says why, and names the last
+            checkpoint, which is intact.
         """
         self.wait()
         if step < 0:
             raise ValueError(f"expected a step of at least 0, got {step}")
         arrays = leaves.to_host(state)
-        record = {
-            "about": self._about or {},
-            "leaves": leaves.layout(state),
-            "score": None if score is None else float(score),
-            "notes": _json("notes", notes or {}),
-        }
+        record = _Record(
+            step=int(step),
+            about=self._about or {},
+            leaves=leaves.layout(state),
+            score=None if score is None else float(score),
+            notes=_json("notes", notes or {}),
+        )
         if jax.process_index() == 0:
+            self._make_and_lock(int(step))
             self._thread = threading.Thread(
                 target=self._write, args=(int(step), arrays, record)
             )
@@ -149,11 +167,7 @@ class Checkpoints:
         if self._failed is None:
             return
         (step, error), self._failed = self._failed, None
-        raise OSError(
-            f"expected to write the checkpoint of step {step} to {self.directory}, got "
-            f"{_first_line(error)}; {self._last_good()}; free some space and run the "
-            "same command again"
-        ) from error
+        raise self._unwritten(step, error) from error
 
     def restore(self, like: PyTree) -> Checkpoint | None:
         """The latest checkpoint that is not damaged.
@@ -172,6 +186,7 @@ class Checkpoints:
         Raises:
           ValueError: every checkpoint is damaged, or the latest one was made by
             something else than `about` or with other leaves; it names what differs.
+          OSError: a file cannot be read for now, such as without permission.
         """
         self.wait()
         return self._first_good(sorted(self._paths(), reverse=True), like)
@@ -191,12 +206,27 @@ class Checkpoints:
         self.wait()
         return self._first_good(self._ranking(damaged=math.inf), like)
 
-    def _write(
-        self, step: int, arrays: dict[str, np.ndarray], record: dict[str, Any]
-    ) -> None:
+    def _make_and_lock(self, step: int) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if self._lock is None:
+                self._lock = disk.lock(
+                    self.directory / "lock", f"the directory {self.directory}"
+                )
+        except OSError as error:
+            raise self._unwritten(step, error) from error
+
+    def _unwritten(self, step: int, error: Exception) -> OSError:
+        return OSError(
+            f"expected to write the checkpoint of step {step} to {self.directory}, got "
+            f"{_first_line(error)}; {self._last_good()}; {disk.remedy(error)} and run "
+            "the same command again"
+        )
+
+    def _write(self, step: int, arrays: dict[str, np.ndarray], record: _Record) -> None:
         try:
             self._remove_rests()
-            store.write(self.directory / str(step), arrays, record)
+            store.write(self.directory / str(step), arrays, record._asdict())
             self._prune(step)
         except Exception as error:  # What Orbax raises has no common base.
             self._failed = step, error
@@ -206,6 +236,10 @@ class Checkpoints:
         for rest in self.directory.glob(".*"):
             if re.fullmatch(r"\.[0-9]+(\.old)?\.(tmp|removed)", rest.name):
                 shutil.rmtree(rest)
+        for step, path in self._paths().items():
+            # Its replacement was complete, and the end of it cut short.
+            if (old := store.replaced(path)).exists() and path.name == str(step):
+                store.remove(old)
 
     def _prune(self, newest: int) -> None:
         paths = self._paths()
@@ -233,7 +267,7 @@ class Checkpoints:
         for step, path in sorted(self._paths().items(), reverse=True):
             try:
                 store.read_notes(path)
-            except ValueError:
+            except (OSError, ValueError):
                 continue
             return f"the checkpoint of step {step} is intact"
         return "there is no earlier checkpoint"
@@ -266,12 +300,22 @@ class Checkpoints:
             )
 
     def _read(self, step: int, path: Path, like: PyTree) -> Checkpoint:
-        record = store.read_notes(path)
+        record = _read_record(path)
         if self._about is not None:
-            _refuse_other_origin(path, record.get("about", {}), self._about)
-        leaves.refuse_other_layout(path, record.get("leaves", {}), leaves.layout(like))
-        arrays, record = store.read(path)
-        return Checkpoint(step, leaves.from_host(arrays, like), record["notes"])
+            _refuse_other_origin(path, record.about, self._about)
+        leaves.refuse_other_layout(path, record.leaves, leaves.layout(like))
+        if record.step != step:
+            raise ValueError(
+                f"expected the checkpoint of step {step} in {path}, got that of step "
+                f"{record.step}; give the directory its name again, or remove it"
+            )
+        arrays, _ = store.read(path)
+        try:
+            return Checkpoint(step, leaves.from_host(arrays, like), record.notes)
+        except ValueError as error:
+            raise ValueError(
+                f"the checkpoint {path} cannot be restored: {error}"
+            ) from error
 
     def _set_aside(self, step: int, path: Path) -> Path:
         aside = self.directory / f"{step}.damaged"
@@ -284,9 +328,14 @@ class Checkpoints:
         return aside
 
 
+def _read_record(path: Path) -> _Record:
+    record: _Record = store.as_written(store.read_notes(path), _Record, str(path))
+    return record
+
+
 def _score(path: Path, damaged: float) -> float:
     try:
-        score = store.read_notes(path).get("score")
+        score = _read_record(path).score
     except ValueError:
         return damaged
     return math.nan if score is None else float(score)
