@@ -125,7 +125,8 @@ def _forget_all() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
 
 
 def lock(path: Path, what: str) -> Lock | None:
@@ -151,7 +152,7 @@ def lock(path: Path, what: str) -> Lock | None:
     path = path.resolve()
     if (own := _held.get(path)) is not None:
         return own
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     own = Lock(descriptor)
     try:
         import fcntl

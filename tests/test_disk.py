@@ -241,6 +241,33 @@ def test_checkpoints_in_use_are_refused_at_the_first_save(tmp_path, holder):
         checkpoints.save(1, WEIGHTS)
 
 
+def test_a_reader_leaves_what_another_process_writes(tmp_path, holder, monkeypatch):
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(1, WEIGHTS)
+        checkpoints.save(2, WEIGHTS)
+    del checkpoints
+    gc.collect()
+    holder(tmp_path / "run")
+    reader, read = Checkpoints(tmp_path / "run"), store.read
+
+    def pruned(path):
+        monkeypatch.setattr(store, "read", read)
+        store.remove(path)  # As the holder does, in the middle of it.
+        return read(path)
+
+    monkeypatch.setattr(store, "read", pruned)
+    assert reader.restore(WEIGHTS).step == 1
+    (tmp_path / "run" / "1" / store.MANIFEST).write_bytes(b"")
+    with (
+        pytest.warns(
+            UserWarning, match="1 is damaged: .* it stays where it is .*in us"
+        ),
+        pytest.raises(ValueError, match="checkpoint that is not damaged"),
+    ):
+        reader.restore(WEIGHTS)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["1", "lock"]
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b'{"pid": 1}'])
 def test_a_holder_that_cannot_be_named_still_holds(tmp_path, holder, content):
     holder(tmp_path)

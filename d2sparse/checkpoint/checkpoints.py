@@ -14,7 +14,7 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -189,7 +189,7 @@ class Checkpoints:
           OSError: a file cannot be read for now, such as without permission.
         """
         self.wait()
-        return self._first_good(sorted(self._paths(), reverse=True), like)
+        return self._first_good(lambda paths: sorted(paths, reverse=True), like)
 
     def best(self, like: PyTree) -> Checkpoint | None:
         """The checkpoint with the highest score; the later one of equals.
@@ -204,7 +204,7 @@ class Checkpoints:
           ValueError: as `restore`.
         """
         self.wait()
-        return self._first_good(self._ranking(damaged=math.inf), like)
+        return self._first_good(lambda paths: _ranking(paths, damaged=math.inf), like)
 
     def _make_and_lock(self, step: int) -> None:
         try:
@@ -243,7 +243,7 @@ class Checkpoints:
 
     def _prune(self, newest: int) -> None:
         paths = self._paths()
-        best = self._ranking(damaged=math.nan)[:1]
+        best = _ranking(paths, damaged=math.nan)[:1]
         kept = {newest, *sorted(paths)[-self._keep :], *best}
         for step in paths.keys() - kept:
             store.remove(paths[step])
@@ -257,12 +257,6 @@ class Checkpoints:
                     paths[int(match[1])] = path
         return paths
 
-    def _ranking(self, damaged: float) -> list[int]:
-        """Steps with a score, the best one first; damaged ones have the given score."""
-        scores = {step: _score(p, damaged) for step, p in self._paths().items()}
-        ranked = [step for step, score in scores.items() if not math.isnan(score)]
-        return sorted(ranked, key=lambda step: (scores[step], step), reverse=True)
-
     def _last_good(self) -> str:
         for step, path in sorted(self._paths().items(), reverse=True):
             try:
@@ -272,17 +266,22 @@ class Checkpoints:
             return f"the checkpoint of step {step} is intact"
         return "there is no earlier checkpoint"
 
-    def _first_good(self, steps: Iterable[int], like: PyTree) -> Checkpoint | None:
+    def _first_good(
+        self, ranked: Callable[[Mapping[int, Path]], list[int]], like: PyTree
+    ) -> Checkpoint | None:
         paths, damaged = self._paths(), {}
-        for step in steps:
+        for step in ranked(paths):
             path = paths[step]
             try:
                 return self._read(step, path, like)
             except store.Damaged as error:
-                aside = self._set_aside(step, path)
+                if not path.exists():
+                    # The process that saves has removed it; it has written others.
+                    return self._first_good(ranked, like)
                 warnings.warn(
-                    f"the checkpoint {path} is damaged: {error}; it is now {aside}, "
-                    "and an earlier one is used if there is one",
+                    f"the checkpoint {path} is damaged: {error}; it "
+                    f"{self._set_aside(step, path)}, and an earlier one is used if "
+                    "there is one",
                     stacklevel=3,
                 )
                 damaged[step] = f"{path} ({error})"
@@ -317,15 +316,20 @@ class Checkpoints:
                 f"the checkpoint {path} cannot be restored: {error}"
             ) from error
 
-    def _set_aside(self, step: int, path: Path) -> Path:
+    def _set_aside(self, step: int, path: Path) -> str:
+        """Renames a damaged checkpoint; says what has become of it."""
         aside = self.directory / f"{step}.damaged"
         count = 1
         while aside.exists():
             count += 1
             aside = self.directory / f"{step}.damaged{count}"
         if jax.process_index() == 0:
-            path.rename(aside)
-        return aside
+            try:
+                self._make_and_lock(step)
+                path.rename(aside)
+            except (OSError, ValueError) as error:  # In use, or not to be written.
+                return f"stays where it is ({_first_line(error)})"
+        return f"is now {aside}"
 
 
 def _read_record(path: Path) -> _Record:
@@ -339,6 +343,13 @@ def _score(path: Path, damaged: float) -> float:
     except ValueError:
         return damaged
     return math.nan if score is None else float(score)
+
+
+def _ranking(paths: Mapping[int, Path], damaged: float) -> list[int]:
+    """Steps with a score, the best one first; damaged ones have the given score."""
+    scores = {step: _score(path, damaged) for step, path in paths.items()}
+    ranked = [step for step, score in scores.items() if not math.isnan(score)]
+    return sorted(ranked, key=lambda step: (scores[step], step), reverse=True)
 
 
 def _json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
