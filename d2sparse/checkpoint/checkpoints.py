@@ -7,7 +7,6 @@ The directory holds one directory per step, named by its number:
 """
 
 import atexit
-import json
 import math
 import os
 import re
@@ -24,6 +23,14 @@ import numpy as np
 
 from d2sparse import disk
 from d2sparse.checkpoint import leaves, store
+from d2sparse.checkpoint.record import (
+    Record,
+    as_json,
+    first_line,
+    ranking,
+    read_record,
+    refuse_other_origin,
+)
 from d2sparse.tree import PyTree
 
 
@@ -38,16 +45,6 @@ class Checkpoint(NamedTuple):
 
     step: int
     state: PyTree
-    notes: dict[str, Any]
-
-
-class _Record(NamedTuple):
-    """What is stored beside the arrays of a checkpoint."""
-
-    step: int
-    about: dict[str, Any]
-    leaves: dict[str, str]
-    score: float | None
     notes: dict[str, Any]
 
 
@@ -88,7 +85,7 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"expected to keep at least 1 checkpoint, got {keep}")
         self.directory = disk.local_path(directory, "the directory").absolute()
-        self._about = None if about is None else _json("about", about)
+        self._about = None if about is None else as_json("about", about)
         self._keep = keep
         self._thread: threading.Thread | None = None
         self._failed: tuple[int, Exception] | None = None
@@ -137,12 +134,12 @@ class Checkpoints:
         if step < 0:
             raise ValueError(f"expected a step of at least 0, got {step}")
         arrays = leaves.to_host(state)
-        record = _Record(
+        record = Record(
             step=int(step),
             about=self._about or {},
             leaves=leaves.layout(state),
             score=None if score is None else float(score),
-            notes=_json("notes", notes or {}),
+            notes=as_json("notes", notes or {}),
         )
         if jax.process_index() == 0:
             self._make_and_lock(int(step))
@@ -204,7 +201,7 @@ class Checkpoints:
           ValueError: as `restore`.
         """
         self.wait()
-        return self._first_good(lambda paths: _ranking(paths, damaged=math.inf), like)
+        return self._first_good(lambda paths: ranking(paths, damaged=math.inf), like)
 
     def _make_and_lock(self, step: int) -> None:
         try:
@@ -219,11 +216,11 @@ class Checkpoints:
     def _unwritten(self, step: int, error: Exception) -> OSError:
         return OSError(
             f"expected to write the checkpoint of step {step} to {self.directory}, got "
-            f"{_first_line(error)}; {self._last_good()}; {disk.remedy(error)} and run "
+            f"{first_line(error)}; {self._last_good()}; {disk.remedy(error)} and run "
             "the same command again"
         )
 
-    def _write(self, step: int, arrays: dict[str, np.ndarray], record: _Record) -> None:
+    def _write(self, step: int, arrays: dict[str, np.ndarray], record: Record) -> None:
         try:
             self._remove_rests()
             store.write(self.directory / str(step), arrays, record._asdict())
@@ -243,7 +240,7 @@ class Checkpoints:
 
     def _prune(self, newest: int) -> None:
         paths = self._paths()
-        best = _ranking(paths, damaged=math.nan)[:1]
+        best = ranking(paths, damaged=math.nan)[:1]
         kept = {newest, *sorted(paths)[-self._keep :], *best}
         for step in paths.keys() - kept:
             store.remove(paths[step])
@@ -299,9 +296,9 @@ class Checkpoints:
             )
 
     def _read(self, step: int, path: Path, like: PyTree) -> Checkpoint:
-        record = _read_record(path)
+        record = read_record(path)
         if self._about is not None:
-            _refuse_other_origin(path, record.about, self._about)
+            refuse_other_origin(path, record.about, self._about)
         leaves.refuse_other_layout(path, record.leaves, leaves.layout(like))
         if record.step != step:
             raise ValueError(
@@ -328,55 +325,5 @@ class Checkpoints:
                 self._make_and_lock(step)
                 path.rename(aside)
             except (OSError, ValueError) as error:  # In use, or not to be written.
-                return f"stays where it is ({_first_line(error)})"
+                return f"stays where it is ({first_line(error)})"
         return f"is now {aside}"
-
-
-def _read_record(path: Path) -> _Record:
-    record: _Record = store.as_written(store.read_notes(path), _Record, str(path))
-    return record
-
-
-def _score(path: Path, damaged: float) -> float:
-    try:
-        score = _read_record(path).score
-    except ValueError:
-        return damaged
-    return math.nan if score is None else float(score)
-
-
-def _ranking(paths: Mapping[int, Path], damaged: float) -> list[int]:
-    """Steps with a score, the best one first; damaged ones have the given score."""
-    scores = {step: _score(path, damaged) for step, path in paths.items()}
-    ranked = [step for step, score in scores.items() if not math.isnan(score)]
-    return sorted(ranked, key=lambda step: (scores[step], step), reverse=True)
-
-
-def _json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    """What comes back when it is written and read."""
-    try:
-        copy: dict[str, Any] = json.loads(json.dumps(dict(value)))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"expected `{name}` of numbers, strings, lists and dictionaries, got a "
-            f"mapping that is not JSON ({error}); convert its arrays with `.tolist()`"
-        ) from None
-    return copy
-
-
-def _refuse_other_origin(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    differing = [
-        f"{name} was {old.get(name, 'absent')} and is {new.get(name, 'absent')}"
-        for name in {**new, **old}
-        # As text, in which NaN equals NaN.
-        if json.dumps(old.get(name, "absent")) != json.dumps(new.get(name, "absent"))
-    ]
-    if differing:
-        raise ValueError(
-            f"the checkpoint {path} belongs to another configuration: "
-            f"{', '.join(differing)}; give another directory or the old configuration"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -12,7 +12,8 @@ import jax
 from d2sparse import disk
 from d2sparse.records import files
 from d2sparse.records.encoding import to_json
-from d2sparse.records.run import CONFIG, Run, meet
+from d2sparse.records.reading import CONFIG
+from d2sparse.records.run import Run, meet
 
 _LOCK = "lock"
 
