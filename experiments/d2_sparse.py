@@ -83,7 +83,8 @@ def run(config: Config) -> dict[str, Any]:
     }
     lists = {"coupling": config.couplings, "learning_rate": config.learning_rates}
     plans = variants(methods, lists)
-    out = records.open_run(config.workdir or _default_workdir(config), config)
+    workdir = config.workdir or _default_workdir(config)
+    out = records.open_run(workdir, config, results.Finished)
 
     def conclude(job: units.Job, state: TrainState) -> dict[str, Any]:
         unit = job.unit

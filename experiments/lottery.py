@@ -99,7 +99,8 @@ def run(config: Config) -> dict[str, Any]:
     wrap = freeze if config.losers == "freeze" else sparsify
     rule = rules.fixed(dense_masks(task.params))
     network = make_network(task, Recipe(rule, wrap=wrap))
-    out = records.open_run(config.workdir or default_workdir("lottery", config), config)
+    workdir = config.workdir or default_workdir("lottery", config)
+    out = records.open_run(workdir, config, results.Rounds)
 
     def learn(jobs: Sequence[units.Job]) -> None:
         for job in jobs:

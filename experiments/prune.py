@@ -109,7 +109,8 @@ def run(config: Config) -> dict[str, Any]:
     task = make_task(config, first.train, source.num_classes, 0.0)
     task = task._replace(prunable=make_prunable(config.prunable, task))
     plans = make_plans(points, task, config)
-    out = records.open_run(config.workdir or default_workdir("prune", config), config)
+    workdir = config.workdir or default_workdir("prune", config)
+    out = records.open_run(workdir, config, results.Finished)
 
     def conclude(job: units.Job, state: TrainState) -> dict[str, float]:
         live = plans[job.unit.method].method.live(state)
