@@ -75,9 +75,12 @@ def average_weights(
     longest = 1.0 if horizon is None else 1 - 1 / horizon
 
     def init(params: optax.Params) -> AverageState:
+        inner_state = inner.init(params)
         # A copy: the state may be donated, and the parameters with it.
         average = jax.tree.map(jnp.array, params)
-        return AverageState(jnp.zeros((), jnp.int32), average, inner.init(params))
+        if sparse_states(inner_state):
+            average = apply_masks(average, get_masks(inner_state))
+        return AverageState(jnp.zeros((), jnp.int32), average, inner_state)
 
     def update(
         updates: optax.Updates,
@@ -106,11 +109,15 @@ def average_weights(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def get_average(opt_state: optax.OptState) -> PyTree:
+def get_average(opt_state: optax.OptState, default: PyTree | None = None) -> PyTree:
     """The average in an optimiser's state, however deep it is nested.
 
+    Args:
+      opt_state: the optimiser's state.
+      default: what is returned where no average is kept, such as the parameters.
+
     Raises:
-      ValueError: there is none, or more than one.
+      ValueError: there is none and no default, or more than one.
 
     >>> tx = optax.chain(optax.clip(1.0), average_weights(optax.sgd(0.1)))
     >>> print(get_average(tx.init({"w": jnp.ones(())}))["w"])
@@ -118,6 +125,8 @@ def get_average(opt_state: optax.OptState) -> PyTree:
     """
     nodes = jax.tree.leaves(opt_state, is_leaf=_is_average)
     found = [node.average for node in nodes if _is_average(node)]
+    if not found and default is not None:
+        return default
     if len(found) != 1:
         raise ValueError(
             "expected the state of one optimiser made by `average_weights`, got "
