@@ -67,7 +67,7 @@ bench: env
 
 RESNETS := --dataset=cifar10 --data_dir=$(DATA) --shift=4 --flip --batch_size=100 \
   --steps=1500 --budgets=50,500 --seeds=3 --imp_rounds=3 \
-  --methods=dense,rigl,imp,uncoupled_pair,uncoupled_averaged,d2_sparse
+  --methods=dense,rigl,imp,uncoupled_annealed,uncoupled_averaged,d2_sparse
 
 resnets: env
 	@$(BIN)/python -m experiments.low_data --workdir=runs/resnet18 --model=resnet18 $(RESNETS)

@@ -112,9 +112,10 @@ def run(config: Config) -> dict[str, Any]:
             scorer = scorers[own.config.criterion]
             walk_unit(task, own, scorer, timetable, out, job, left)
 
-    units.run_each(config, out, source, config.methods, learn)
-    judge = first.judge.labels
-    return report(config, task, source.num_classes, len(judge), out)
+    sizes = source.num_classes, len(first.judge.labels)
+    with units.reporting(out, lambda: report(config, task, *sizes, out)) as reported:
+        units.run_each(config, out, source, config.methods, learn)
+    return reported()
 
 
 def resolve(config: Config) -> Config:

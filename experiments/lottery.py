@@ -35,6 +35,7 @@ from experiments.task import (
     Task,
     TaskConfig,
     check_choice,
+    check_effects,
     check_least,
     default_workdir,
     make_prunable,
@@ -106,8 +107,10 @@ def run(config: Config) -> dict[str, Any]:
         for job in jobs:
             run_unit(config, task, network, sparsities, out, job)
 
-    units.run_each(config, out, source, config.score, learn)
-    return report(config, task, [0.0, *sparsities], out)
+    asked = [0.0, *sparsities]
+    with units.reporting(out, lambda: report(config, task, asked, out)) as reported:
+        units.run_each(config, out, source, config.score, learn)
+    return reported()
 
 
 def _check(config: Config) -> None:
@@ -118,6 +121,10 @@ def _check(config: Config) -> None:
     check_choice("losers", config.losers, ("zero", "freeze"))
     check_choice("rewinding", config.rewinding, get_args(Rewinding))
     check_least(config, {"steps": 0, "epochs": 0, "batch_size": 1})
+    still = (False, "since masks change between rounds alone")
+    by_steps = (not config.steps, f"since steps are {config.steps}")
+    effects = {"refresh_interval": still, "growth_samples": still, "epochs": by_steps}
+    check_effects(config, effects)
     if config.ticket:
         raise ValueError(
             f"expected no ticket, since rounds begin dense, got {config.ticket}; go on "

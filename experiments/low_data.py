@@ -68,10 +68,11 @@ def run(config: Config) -> dict[str, Any]:
 
     for _, plans in planned:
         check_recorded(out, plans)
-    for planner, plans in planned:
-        named = {cell.name: plan for cell, plan in plans.items()}
-        run_plans(planner.config, out, source, named, conclude)
-    return report(config, source, out)
+    with units.reporting(out, lambda: report(config, source, out)) as reported:
+        for planner, plans in planned:
+            named = {cell.name: plan for cell, plan in plans.items()}
+            run_plans(planner.config, out, source, named, conclude)
+    return reported()
 
 
 if __name__ == "__main__":

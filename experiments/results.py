@@ -144,7 +144,7 @@ def cells(row: Mapping[str, Any], error: str = "standard_error") -> dict[str, st
       error: the field that stands behind the accuracy.
     """
     if not row["seeds"]:
-        return {"method": row["method"], "accuracy": "failed"}
+        return {"method": row["method"], "accuracy": "no result"}
     text = {
         key: signed_percent(row[key], row[f"{key}_error"])
         for key in _DIFFERENCES

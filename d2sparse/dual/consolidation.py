@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from d2sparse import distributions, scores, tree
+from d2sparse import scores, tree
 from d2sparse.dual.pair import Consolidation, Trace
-from d2sparse.masks import apply_masks, count, dense_masks, select
+from d2sparse.masks import apply_masks, count, dense_masks
 from d2sparse.scores.local import widen
 from d2sparse.tree import Prunable, PyTree, is_kernel
 
@@ -18,9 +18,12 @@ def begin_trace(
     The average of weights of half precision is kept in float32, in which it can move by
     less than they can.
     """
-    counts = distributions.erk(tree.shapes(params, prunable), consolidation.sparsity)
+    shapes = tree.shapes(params, prunable)
+    counts = consolidation.distribution(shapes, consolidation.sparsity)
     ranks = scores.magnitude(tree.prunable_leaves(params, prunable))
-    masks = tree.replace(dense_masks(params), select(ranks, counts))
+    masks = tree.replace(
+        dense_masks(params), consolidation.selection(ranks, counts, None)
+    )
     return Trace(widen(params), masks), apply_masks(params, masks)
 
 
@@ -63,7 +66,8 @@ def consolidate(
     def redrawn() -> PyTree:
         weights = tree.prunable_leaves(average, prunable)
         ranks = scores.magnitude(weights)
-        return tree.replace(trace.masks, select(ranks, count(trace.masks, prunable)))
+        live = consolidation.selection(ranks, count(trace.masks, prunable), None)
+        return tree.replace(trace.masks, live)
 
     due = consolidation.when(step)
     masks = jax.lax.cond(due, redrawn, lambda: trace.masks)

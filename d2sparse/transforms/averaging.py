@@ -82,13 +82,16 @@ def average_weights(
     def init(params: optax.Params) -> AverageState:
         if is_abstract(params):
             return jax.eval_shape(init, params)
+        inner_state = inner.init(params)
         # A copy: the state may be donated, and the parameters with it.
         average = jax.tree.map(lambda x: jnp.copy(widened(x)), params)
+        if sparse_states(inner_state) and not is_placeholder(params):
+            average = apply_masks(average, get_masks(inner_state))
         types: Any = tuple(jnp.zeros((), x.dtype) for x in jax.tree.leaves(params))
         if is_placeholder(params):
             types = 0  # One leaf stands for as many as there may be.
         zero = jnp.zeros((), jnp.int32)
-        return AverageState(zero, average, types, inner.init(params))
+        return AverageState(zero, average, types, inner_state)
 
     def update(
         updates: optax.Updates,
@@ -119,14 +122,18 @@ def average_weights(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def get_average(opt_state: optax.OptState) -> PyTree:
+def get_average(opt_state: optax.OptState, default: PyTree | None = None) -> PyTree:
     """The average in an optimiser's state, however deep it is nested.
+
+    Args:
+      opt_state: the optimiser's state.
+      default: what is returned where no average is kept, such as the parameters.
 
     Returns:
       A tree like the parameters, in their types; it is kept in float32 at least.
 
     Raises:
-      ValueError: there is none, or more than one.
+      ValueError: there is none and no default, or more than one.
 
     >>> tx = optax.chain(optax.clip(1.0), average_weights(optax.sgd(0.1)))
     >>> print(get_average(tx.init({"w": jnp.ones(())}))["w"])
@@ -134,6 +141,8 @@ def get_average(opt_state: optax.OptState) -> PyTree:
     """
     nodes = jax.tree.leaves(opt_state, is_leaf=_is_average)
     found = [node for node in nodes if _is_average(node)]
+    if not found and default is not None:
+        return default
     if len(found) != 1:
         raise ValueError(
             "expected the state of one optimiser made by `average_weights`, got "

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from d2sparse import data, disk, records, schema
-from experiments import results
+from experiments import results, units
 from experiments.few_labels.cells import Cell, list_settings
 from experiments.few_labels.contenders import CONTENDERS
 from experiments.few_labels.options import LowDataOptions
@@ -101,19 +101,26 @@ def tune(config: LowDataOptions, source: data.Source, workdir: str) -> Tuned:
     )
     trials = records.open_run(out.workdir / "tuning", own, results.Finished)
     chosen = read_tuned(workdir)
-    rows = []
-    for planner, cell, plans in planned:
-        run_plans(planner.config, trials, source, plans, lambda *_: {})
-        tried = _rows(own, cell, plans, trials)
-        best = _best(cell, tried)
-        best["chosen"] = True
-        chosen.setdefault(cell.method, {})[cell.setting.name] = best["values"]
-        rows += tried
+    rows: list[dict[str, Any]] = []
+
+    def report() -> Mapping[str, Any]:
+        summary = {"config": dataclasses.asdict(own), "trials": rows}
+        trials.write_summary(summary)
+        trials.write_text("table.md", _table(rows) + "\n")
+        Console(soft_wrap=True).print(_table(rows))
+        return summary
+
+    with units.reporting(trials, report) as reported:
+        for planner, cell, plans in planned:
+            run_plans(planner.config, trials, source, plans, lambda *_: {})
+            tried = _rows(own, cell, plans, trials)
+            best = _best(cell, tried)
+            best["chosen"] = True
+            chosen.setdefault(cell.method, {})[cell.setting.name] = best["values"]
+            rows += tried
     out.write_text(FILE, json.dumps(chosen, indent=2, sort_keys=True) + "\n")
-    trials.write_summary({"config": dataclasses.asdict(own), "trials": rows})
-    table = _table(rows)
-    trials.write_text("table.md", table + "\n")
-    Console(soft_wrap=True).print(f"{table}\n\nThe choice is in {out.workdir / FILE}")
+    reported()
+    Console(soft_wrap=True).print(f"\nThe choice is in {out.workdir / FILE}")
     return chosen
 
 

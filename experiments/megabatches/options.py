@@ -10,7 +10,13 @@ from d2sparse import anytime, data
 from d2sparse.anytime import Dead, LevelSchedule, Stage, density
 from d2sparse.anytime.journeys import STAGE_SCHEDULES, StageSchedule
 from d2sparse.data import Replay, Stream
-from experiments.task import PrunableName, TaskConfig, check_choice, check_least
+from experiments.task import (
+    PrunableName,
+    TaskConfig,
+    check_choice,
+    check_effects,
+    check_least,
+)
 
 LearnerName = Literal[
     "dense",
@@ -38,7 +44,6 @@ CriterionName = Literal[
     "wanda",
 ]
 CRITERIA: tuple[CriterionName, ...] = get_args(CriterionName)
-_PAIRS = {"d2_sparse", "d2_consolidated"}
 _LEAST = {
     "epochs": 1,
     "steps": 0,
@@ -127,11 +132,7 @@ def check(config: StreamConfig) -> None:
     for name in config.methods:
         check_choice("methods", name, LEARNERS)
     _check_order(list(config.methods))
-    if config.prunable != "kernels" and (pairs := _PAIRS & set(config.methods)):
-        raise ValueError(
-            f"expected --prunable=kernels for {', '.join(sorted(pairs))}, got "
-            f"{config.prunable}"
-        )
+    check_effects(config, list_effects(config))
     for name, choices in {
         "criterion": CRITERIA,
         "scope": ("global", "leaf"),
@@ -151,6 +152,23 @@ def check(config: StreamConfig) -> None:
         if getattr(config, name) != value:
             given = getattr(config, name)
             raise ValueError(f"expected no --{name}, since {why}, got {given}")
+
+
+def list_effects(config: StreamConfig) -> dict[str, tuple[object, str]]:
+    """Flags whose effect others take away, see `task.check_effects`."""
+    found: dict[str, tuple[object, str]] = {
+        "epochs": (not config.steps, f"since steps are {config.steps}"),
+        "replay_size": (config.replay == "buffer", "which is for --replay=buffer"),
+        "replay_fraction": (
+            config.replay == "fraction",
+            "which is for --replay=fraction",
+        ),
+    }
+    if config.compat == "app-2022":
+        for flag, value in _RELEASED.items():
+            same = getattr(config, flag) == value
+            found[flag] = (same, f"which compat=app-2022 sets to {value}")
+    return found
 
 
 def _check_order(names: Sequence[str]) -> None:

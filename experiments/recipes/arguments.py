@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from d2sparse import distributions, masks, rules, tree
 from d2sparse.distributions import Distribution
 from d2sparse.masks import Selection
-from experiments.recipes.options import Options, read_table
+from experiments.recipes.options import MaskOptions, read_table
 from experiments.task import Task, make_prunable
 
 Shared = dict[str, Any]
 
 
-def make_shared(task: Task, options: Options, suited: Distribution) -> Shared:
+def make_shared(task: Task, options: MaskOptions, suited: Distribution) -> Shared:
     """The arguments of a rule that the flags ask for.
 
     Args:
@@ -40,7 +40,7 @@ def make_shared(task: Task, options: Options, suited: Distribution) -> Shared:
     }
 
 
-def rehearse(task: Task, options: Options, arguments: Shared) -> None:
+def rehearse(task: Task, options: MaskOptions, arguments: Shared) -> None:
     """Draws a pattern, so that one that does not fit is refused before training.
 
     Raises:
@@ -59,7 +59,7 @@ def rehearse(task: Task, options: Options, arguments: Shared) -> None:
         raise ValueError(f"{error}, {hint}") from error
 
 
-def _make_distribution(options: Options, suited: Distribution) -> Distribution:
+def _make_distribution(options: MaskOptions, suited: Distribution) -> Distribution:
     named: dict[str, Distribution] = {
         "auto": suited if options.pattern == "unstructured" else distributions.uniform,
         "global": distributions.global_,
