@@ -85,8 +85,9 @@ def average_weights(
         inner_state = inner.init(params)
         # A copy: the state may be donated, and the parameters with it.
         average = jax.tree.map(lambda x: jnp.copy(widened(x)), params)
-        if sparse_states(inner_state) and not is_placeholder(params):
-            average = apply_masks(average, get_masks(inner_state))
+        sparse = sparse_states(inner_state)
+        if sparse and not is_placeholder(params):
+            average = apply_masks(average, get_masks(sparse))
         types: Any = tuple(jnp.zeros((), x.dtype) for x in jax.tree.leaves(params))
         if is_placeholder(params):
             types = 0  # One leaf stands for as many as there may be.
