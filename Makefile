@@ -4,6 +4,7 @@
 #   make demo     the main experiment: coupled sparse networks on few labels
 #   make test     lint, format, types and tests
 #   make slow     the tests that take minutes
+#   make lowest   tests of the core on the lowest versions that setup.cfg allows
 #   make chaos    runs that are killed, stopped and damaged, some 20 minutes
 #   make bench    what sparsity costs: refreshes, steps, memory, compiling
 #   make resnets  few labels of CIFAR-10, on a GPU; DATA=directory of prepared TFDS sets
@@ -13,7 +14,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: env demo test slow chaos bench resnets clean
+.PHONY: env demo test slow lowest chaos bench resnets clean
 
 env: $(INSTALLED)
 
@@ -46,6 +47,18 @@ test: env
 slow: env
 	@$(BIN)/python -m pytest -m slow
 
+# Floors 0 to 3 without models and data, in an environment of their own.
+LOWEST := jax==0.5.3 jaxlib==0.5.3 optax==0.2.5 numpy==1.26.4 pytest
+CORE := tree checks masks distributions scores schedules rules reparam packing transforms
+
+lowest:
+	@$(PYTHON) -m venv .venv-lowest
+	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check $(LOWEST)
+	@.venv-lowest/bin/python -m pytest -p no:cacheprovider \
+	  $(foreach room,$(CORE),$(wildcard d2sparse/$(room) d2sparse/$(room).py)) \
+	  $(foreach room,tree masks patterns schedules scores scores_flow rules freezing,\
+	    tests/test_$(room).py)
+
 chaos: env
 	@$(BIN)/python tests/chaos --kills=60 --out=docs/chaos.md
 
@@ -54,12 +67,12 @@ bench: env
 
 RESNETS := --dataset=cifar10 --data_dir=$(DATA) --shift=4 --flip --batch_size=100 \
   --steps=1500 --budgets=50,500 --seeds=3 --imp_rounds=3 \
-  --methods=dense,rigl,imp,uncoupled_pair,uncoupled_averaged,d2_sparse
+  --methods=dense,rigl,imp,uncoupled_annealed,uncoupled_averaged,d2_sparse
 
 resnets: env
 	@$(BIN)/python -m experiments.low_data --workdir=runs/resnet18 --model=resnet18 $(RESNETS)
 	@$(BIN)/python -m experiments.low_data --workdir=runs/resnet34 --model=resnet34 $(RESNETS)
 
 clean:
-	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	@rm -rf .venv .venv-lowest .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,9 +8,13 @@ Floor 3, `transforms` (Optax), and the packages `models` and `data`.
 Floors 4 to 6, training and experiments: `train`, `dual`, `lottery`, `checkpoint`,
 `records`, `plots`.
 
-What needs more than jax, optax and numpy is imported by name:
-`from d2sparse import models`.
+The rooms of floors 3 to 6 that need more than jax, optax and numpy are imported when
+they are first asked for, `d2sparse.dual` or `from d2sparse import dual`; without their
+packages they say how these are installed.
 """
+
+import importlib
+import types
 
 from d2sparse import losses, macs, masks, metrics, packing, reparam, scores
 from d2sparse.distributions import er, erk, explicit, global_, uniform
@@ -24,6 +28,7 @@ from d2sparse.rules import (
     largest,
     movement,
     one_shot,
+    per_layer,
     prune_and_grow,
     rigl,
     set_,
@@ -45,6 +50,7 @@ from d2sparse.transforms import (
     SparsifyState,
     average_weights,
     check_refreshes,
+    check_sparse,
     freeze,
     get_average,
     get_masks,
@@ -65,6 +71,7 @@ __all__ = [
     "at",
     "average_weights",
     "check_refreshes",
+    "check_sparse",
     "constant",
     "cosine",
     "cubic",
@@ -89,6 +96,7 @@ __all__ = [
     "movement",
     "one_shot",
     "packing",
+    "per_layer",
     "prune_and_grow",
     "reparam",
     "rigl",
@@ -101,3 +109,32 @@ __all__ = [
     "static",
     "uniform",
 ]
+
+_LATER = frozenset(
+    {
+        *("anytime", "checkpoint", "checks", "data", "distributions", "dual"),
+        *("lottery", "models", "plots", "records", "rules", "schedules", "train"),
+        *("transforms", "tree"),
+    }
+)
+
+
+def __getattr__(name: str) -> types.ModuleType:
+    """Imports a room when it is first asked for."""
+    if name not in _LATER:
+        raise AttributeError(f"module 'd2sparse' has no attribute {name!r}")
+    try:
+        return importlib.import_module(f"d2sparse.{name}")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in {"", "d2sparse"}:
+            raise
+        raise ModuleNotFoundError(
+            f"d2sparse.{name} needs {missing}, which is not installed; "
+            'pip install "d2sparse[experiments]" brings it',
+            name=error.name,
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

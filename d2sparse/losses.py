@@ -8,6 +8,10 @@ which of the two it does.
 Losses that compare a network with its peer name the peer second. Where the peer is a
 teacher it is detached inside, so the gradient of one network's loss with respect to the
 other network's parameters is exactly zero.
+
+What is given in half precision is computed and returned in float32, sums over classes
+and the mean that the caller takes included; gradients have the type of what they belong
+to.
 """
 
 import math
@@ -15,6 +19,8 @@ import math
 import jax
 import jax.numpy as jnp
 import optax
+
+from d2sparse.scores.local import widen
 
 
 def cross_entropy(
@@ -45,6 +51,7 @@ def cross_entropy(
             f"expected labels of shape {logits.shape[:-1]} for logits of shape "
             f"{logits.shape}, got {labels.shape}; labels are class indices, not one-hot"
         )
+    logits = widen(logits)
     onehot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     targets = optax.smooth_labels(onehot, smoothing)
     return optax.softmax_cross_entropy(logits, targets)
@@ -84,6 +91,7 @@ def distillation(
     1.0
     """
     _check_same_shape(logits, teacher_logits)
+    logits, teacher_logits = widen((logits, teacher_logits))
     targets = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits) / temperature)
     predictions = jax.nn.log_softmax(logits / temperature)
     divergence = optax.losses.kl_divergence_with_log_targets(predictions, targets)
@@ -105,7 +113,7 @@ def confidence(logits: jax.Array) -> jax.Array:
     >>> confidence(jnp.zeros((1, 4)))
     Array([0.25], dtype=float32)
     """
-    probabilities = jax.nn.softmax(jax.lax.stop_gradient(logits))
+    probabilities = jax.nn.softmax(jax.lax.stop_gradient(widen(logits)))
     return jnp.max(probabilities, axis=-1)
 
 
@@ -130,6 +138,7 @@ def logit_agreement(logits: jax.Array, peer_logits: jax.Array) -> jax.Array:
     Array([2.], dtype=float32)
     """
     _check_same_shape(logits, peer_logits)
+    logits, peer_logits = widen((logits, peer_logits))
     errors = optax.squared_error(logits, jax.lax.stop_gradient(peer_logits))
     return jnp.mean(errors, axis=-1)
 
@@ -156,6 +165,7 @@ def feature_agreement(features: jax.Array, peer_features: jax.Array) -> jax.Arra
     Array([2.], dtype=float32)
     """
     _check_same_shape(features, peer_features)
+    features, peer_features = widen((features, peer_features))
     peer_direction = _direction(jax.lax.stop_gradient(peer_features))
     return jnp.sum((_direction(features) - peer_direction) ** 2, axis=-1)
 
@@ -183,6 +193,7 @@ def jensen_shannon(logits_a: jax.Array, logits_b: jax.Array) -> jax.Array:
     1.0
     """
     _check_same_shape(logits_a, logits_b)
+    logits_a, logits_b = widen((logits_a, logits_b))
     log_p, log_q = jax.nn.log_softmax(logits_a), jax.nn.log_softmax(logits_b)
     # log(p / m) written as log 2 - softplus(log q - log p): exactly 0 where p = q.
     log_p_over_m = math.log(2) - jax.nn.softplus(log_q - log_p)
@@ -192,8 +203,8 @@ def jensen_shannon(logits_a: jax.Array, logits_b: jax.Array) -> jax.Array:
 
 
 def _direction(vectors: jax.Array) -> jax.Array:
-    # Dividing by the largest entry first keeps the squares from over- and underflowing
-    # in half precision. The direction does not depend on this factor, so it takes no
+    # Dividing by the largest entry first keeps the squares from over- and underflowing.
+    # The direction does not depend on this factor, so it takes no
     # part in the gradient.
     largest = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True)
     has_direction = largest > jnp.finfo(vectors.dtype).tiny

@@ -16,7 +16,7 @@ from d2sparse.masks import apply_masks
 from d2sparse.rules import one_shot
 from d2sparse.scores import Score
 from d2sparse.train import TrainState
-from d2sparse.transforms import get_masks, set_masks, sparse_states
+from d2sparse.transforms import get_average, get_masks, set_masks, sparse_states
 from d2sparse.tree import Prunable, PyTree, is_kernel
 
 Fit = Callable[[TrainState, int], TrainState]
@@ -185,7 +185,8 @@ def find_ticket(
       on_round: called with the round's number, its trained state, and the ticket that
         was trained in it.
       prunable: predicate on (path, leaf).
-      score: which weights matter; random scores are the control.
+      score: which weights matter; random scores are the control. Where the optimiser
+        keeps an average of the weights, that is what is scored.
       rewinding: what goes back after a pruning, `"weights"` and learning rate, or the
         `"learning_rate"` alone.
       on_stretch: called before each training with where the search stands: what has to
@@ -237,7 +238,8 @@ def _next_round(
 ) -> Hunt:
     number, state, early = hunt.number + 1, hunt.state, hunt.early
     key, old = jax.random.fold_in(early.key, number), get_masks(state.opt_state)
-    masks = prune_live(state.params, old, sparsity, prunable, score, key)
+    counts = get_average(state.opt_state, state.params)
+    masks = prune_live(counts, old, sparsity, prunable, score, key)
     trained = state if rewinding == "learning_rate" else None
     state = rewind(early, masks, trained)
     return Hunt(number, state, early, _ticket(state))

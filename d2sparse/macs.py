@@ -17,7 +17,7 @@ from d2sparse.tree import PyTree
 
 # Owners of values that are no parameters, beside the paths of the parameter leaves.
 _CONSTANT, _DATA = "<constant>", "<data>"
-_PRODUCTS = ("dot_general", "conv_general_dilated")
+_PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 
 
 def forward_macs(
@@ -29,11 +29,24 @@ def forward_macs(
 
     The function is traced, not run, and every matrix product and convolution of the
     data with a parameter is charged to that parameter's leaf, wherever it stands: under
-    `jit`, `checkpoint`, custom derivatives, or a `scan` (times its length). A kernel
-    computed from several leaves (a mask, a scale, a low-rank term) is charged to the
-    largest of them. Padding counts as if it were data. Products of two activations
-    (attention scores), products of parameters alone and elementwise work are not
-    counted.
+    `jit`, `vmap`, `checkpoint`, custom derivatives, a `scan` (times its length), or a
+    `cond` whose branches cost the same. A kernel computed from several leaves (a mask,
+    a scale, a low-rank term) is charged to the largest of them.
+
+    What counts as a product of two numbers:
+
+    - Padding at the border counts as if the data went on there, so that all outputs
+      cost the same. Zeros between the elements do not count: those that `lhs_dilation`
+      inserts into the data, as in a transposed convolution, and those that
+      `rhs_dilation` inserts into a kernel. With a stride of s along every axis a
+      transposed convolution of n inputs to s n outputs thus costs its kernel n times.
+    - Of grouped products only those within a group count, and in a ragged product each
+      row meets one of the matrices.
+    - Zeros that the program writes by itself are data, as nothing is known of values.
+
+    Products of two activations (attention scores; a kernel that is computed from the
+    data, or gathered by it), products of parameters alone, elementwise work, Fourier
+    transforms and solves are not counted. Counts are Python integers, which are exact.
 
     Args:
       apply_fn: `apply_fn(params, x)`, closed over everything else.
@@ -46,20 +59,34 @@ def forward_macs(
 
     Raises:
       ValueError: a product of data and parameters stands where its count is not known:
-        in a branch, in a loop of unknown length, in a custom kernel.
+        in one of several branches, in a loop of unknown length, in a custom kernel; it
+        is shared by the examples, so that it has no cost per example; or there is no
+        example in `x`.
 
     >>> x = jax.ShapeDtypeStruct((32, 784), "float32")
     >>> params = {"w": jax.ShapeDtypeStruct((784, 10), "float32"), "b": jnp.zeros(())}
     >>> forward_macs(lambda params, x: x @ params["w"] + params["b"], params, x)
     {'b': 0, 'w': 7840}
     """
+    if not jnp.shape(x) or not jnp.shape(x)[0]:
+        raise ValueError(
+            f"expected a batch of at least one example, got shape {jnp.shape(x)}; add "
+            "an axis of length 1 in front"
+        )
     paths = list(tree.flatten(params))
     jaxpr = jax.make_jaxpr(apply_fn)(params, x).jaxpr
     sizes = [math.prod(_shape(var)) for var in jaxpr.invars[: len(paths)]]
     rank = {_CONSTANT: -1.0, _DATA: math.inf, **dict(zip(paths, sizes, strict=True))}
     data = [_DATA] * (len(jaxpr.invars) - len(paths))
     _, macs = _walk(jaxpr, paths + data, rank)
-    return {path: macs[path] // x.shape[0] for path in paths}
+    batch = x.shape[0]
+    if shared := [path for path in paths if macs[path] % batch]:
+        raise ValueError(
+            f"expected products for every one of {batch} examples, got "
+            f"{macs[shared[0]]} multiply-accumulates at {shared[0]!r}, which they "
+            "share; give a batch of one example"
+        )
+    return {path: macs[path] // batch for path in paths}
 
 
 def masked_macs(macs: Mapping[str, int], masks: PyTree) -> jax.Array:
@@ -67,7 +94,8 @@ def masked_macs(macs: Mapping[str, int], masks: PyTree) -> jax.Array:
 
     `f = sum_l c_l k_l / n_l`: the dense cost `c_l` of a leaf times its density. Leaves
     with few weights and large outputs are expensive, so this is not the dense cost
-    times the total density.
+    times the total density. Live weights are counted exactly; the result is float32,
+    right to about 1e-7 of itself.
 
     Args:
       macs: dense cost by path, from `forward_macs`.
@@ -167,22 +195,35 @@ def _equation(
     name, bodies = eqn.primitive.name, list(_bodies(eqn))
     if name == "scan":
         return _scan(eqn, bodies[0], owners, rank)
+    if name == "optimization_barrier":
+        return owners, Counter()
     # The program inside a shard_map knows only the shapes of one shard.
     is_call = len(bodies) == 1 and name != "shard_map"
     if is_call and len(bodies[0].invars) == len(owners):
         return _walk(bodies[0], owners, rank)
+    if name == "cond":
+        found = [_walk(body, owners[1:], rank) for body in bodies]
+        _check_countable(name, any(macs != found[0][1] for _, macs in found))
+        together = zip(*(outputs for outputs, _ in found), strict=True)
+        return [max(own, key=rank.__getitem__) for own in together], found[0][1]
     macs: Counter[str] = Counter()
-    if _DATA in owners and (leaves := set(owners) - {_DATA, _CONSTANT}):
-        if any(map(_has_product, bodies)):
-            raise ValueError(
-                f"expected products under jit, scan or checkpoint, got one inside "
-                f"`{name}`, where its count is not known; give an apply_fn for one "
-                "device with static control flow"
-            )
-        if name in _PRODUCTS:
+    if _DATA in owners and (set(owners) - {_DATA, _CONSTANT}):
+        _check_countable(name, any(map(_has_product, bodies)))
+    if name in _PRODUCTS:
+        leaves = set(owners[:2]) - {_DATA, _CONSTANT}
+        if _DATA in owners[:2] and leaves:
             macs[leaves.pop()] = _product_macs(eqn)
     owner = max(owners, key=rank.__getitem__, default=_CONSTANT)
     return [owner] * len(eqn.outvars), macs
+
+
+def _check_countable(name: str, is_unknown: bool) -> None:
+    if is_unknown:
+        raise ValueError(
+            f"expected products under jit, scan or checkpoint, got one inside "
+            f"`{name}`, where its count is not known; give an apply_fn for one "
+            "device with static control flow"
+        )
 
 
 def _scan(
@@ -226,12 +267,50 @@ def _has_product(jaxpr: Any) -> bool:
 
 
 def _product_macs(eqn: Any) -> int:
-    left, right = map(_shape, eqn.invars)
-    out, numbers = math.prod(_shape(eqn.outvars[0])), eqn.params["dimension_numbers"]
-    if eqn.primitive.name == "dot_general":
-        (contracted, _), _ = numbers
+    left, right = (_shape(atom) for atom in eqn.invars[:2])
+    out, name = math.prod(_shape(eqn.outvars[0])), eqn.primitive.name
+    if name == "conv_general_dilated":
+        return _convolution_macs(right, _shape(eqn.outvars[0]), eqn.params)
+    if name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
         return out * math.prod(left[axis] for axis in contracted)
-    return out // right[numbers.rhs_spec[0]] * math.prod(right)
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    if set(numbers.lhs_ragged_dimensions) & set(contracted):
+        # The groups share out the terms of the sums, each with outputs of its own.
+        out //= _shape(eqn.invars[2])[-1]
+    return out * math.prod(left[axis] for axis in contracted)
+
+
+def _convolution_macs(
+    kernel: tuple[int, ...], out: tuple[int, ...], params: Mapping[str, Any]
+) -> int:
+    """Every axis of the image has its pairs of an output and a tap on an element."""
+    numbers = params["dimension_numbers"]
+    batch, features, *image = numbers.out_spec
+    _, inputs, *taps = numbers.rhs_spec
+    pairs = map(
+        _pairs,
+        (out[axis] for axis in image),
+        (kernel[axis] for axis in taps),
+        params["window_strides"],
+        (before for before, _ in params["padding"]),
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+    )
+    # A kernel has the inputs of one group along this axis.
+    return out[batch] * out[features] * kernel[inputs] * math.prod(pairs)
+
+
+def _pairs(
+    outputs: int, taps: int, stride: int, padding: int, spread: int, dilation: int
+) -> int:
+    """Pairs of an output and a tap that meet an element, or where one would go on.
+
+    Elements of the data lie `spread` apart, with zeros between them.
+    """
+    starts = Counter((o * stride - padding) % spread for o in range(outputs))
+    return sum(starts[-tap * dilation % spread] for tap in range(taps))
 
 
 def _shape(atom: Any) -> tuple[int, ...]:

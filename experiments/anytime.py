@@ -20,7 +20,7 @@ out. `random_matched` deletes random weights down to the same densities.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -36,7 +36,7 @@ from experiments.megabatches.options import (
     released,
 )
 from experiments.megabatches.scoring import make_scorer
-from experiments.megabatches.walks import walk_unit
+from experiments.megabatches.walks import Stage, walk_unit
 from experiments.splits import draw_splits
 from experiments.task import Task, default_workdir, make_prunable, make_task
 
@@ -55,6 +55,14 @@ _COLUMNS = {
     "seconds": "seconds",
 }
 _REFERENCES = ("dense", "one_shot")
+
+
+class Stages(TypedDict):
+    """The results of a unit."""
+
+    stages: list[Stage]
+
+
 # What is drawn against the megabatches: key, label, whether on a logarithmic axis.
 _FIGURES = {
     "anytime_accuracy": ("accuracy", "accuracy", False),
@@ -89,7 +97,8 @@ def run(config: Config) -> dict[str, Any]:
         criterion: make_scorer(task, criterion, config.score_batch)
         for criterion in {own.config.criterion for own in learners.values()}
     }
-    out = records.open_run(given.workdir or default_workdir("anytime", given), given)
+    workdir = given.workdir or default_workdir("anytime", given)
+    out = records.open_run(workdir, given, Stages)
 
     def learn(jobs: Sequence[units.Job]) -> None:
         for job in jobs:
@@ -103,9 +112,10 @@ def run(config: Config) -> dict[str, Any]:
             scorer = scorers[own.config.criterion]
             walk_unit(task, own, scorer, timetable, out, job, left)
 
-    units.run_each(config, out, source, config.methods, learn)
-    judge = first.judge.labels
-    return report(config, task, source.num_classes, len(judge), out)
+    sizes = source.num_classes, len(first.judge.labels)
+    with units.reporting(out, lambda: report(config, task, *sizes, out)) as reported:
+        units.run_each(config, out, source, config.methods, learn)
+    return reported()
 
 
 def resolve(config: Config) -> Config:

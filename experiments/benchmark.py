@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from d2sparse import distributions
+from d2sparse import disk, distributions
 from experiments import cli
 from experiments.benchmarks.measure import Table, to_markdown
 from experiments.benchmarks.refresh import refresh_table
@@ -105,7 +105,7 @@ def out_path(out: str | None) -> Path | None:
     """
     if out is None:
         return None
-    path = Path(out).expanduser()
+    path = disk.local_path(out, "--out")
     path = path if path.suffix == ".md" else path / "benchmark.md"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,8 @@ def main(run: Callable[[ConfigT], object], config_type: type[ConfigT]) -> None:
 
     The exit status is 0 when `run` returns, 2 for a bad flag and for a `ValueError` of
     `run`, which is how an experiment refuses its input (one line on stderr, and the
-    traceback with `--verbosity=1`), and 130 when interrupted. Compiled programs are
+    traceback with `--verbosity=1`), 1 where the disk or every run has failed, and 130
+    when interrupted. Compiled programs are
     kept between runs in the user's cache directory, see `use_compilation_cache`.
 
     Args:
@@ -60,7 +61,8 @@ def run_or_exit(run: Callable[[ConfigT], object], config: ConfigT) -> None:
       config: what it is called with.
 
     Raises:
-      SystemExit: with status 2 for a `ValueError`, 130 for an interrupt.
+      SystemExit: with status 2 for a `ValueError`, 1 for an `OSError` and for a
+        `FloatingPointError`, 130 for an interrupt.
     """
     use_compilation_cache()
     # absl shows what libraries say in passing, such as which backends jax did not find.
@@ -73,7 +75,7 @@ def run_or_exit(run: Callable[[ConfigT], object], config: ConfigT) -> None:
         logging.debug("The error below was raised here:", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:
         logging.debug("The error below was raised here:", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -22,12 +22,37 @@ from d2sparse import data, dual, metrics, plots, records, tree
 from d2sparse.train import TrainState
 from experiments import cli, results, units
 from experiments.methods import METHODS, SINGLES, MethodName, make_method
-from experiments.pairs import PairOptions, make_choices
+from experiments.pairs import PairOptions, make_choices, pair_effects
 from experiments.singles import Method
 from experiments.splits import draw_splits
-from experiments.task import Task, TaskConfig, make_task
+from experiments.task import (
+    Task,
+    TaskConfig,
+    check_effects,
+    check_of,
+    default_workdir,
+    make_prunable,
+    make_task,
+)
 from experiments.variants import Variant, variants
 
+_SPARSE = tuple(name for name in METHODS if name not in ("dense", "dense_mutual"))
+_PAIRS, _COUPLED = ("uncoupled_pair", "d2_sparse"), ("dense_mutual", "d2_sparse")
+_USERS = {  # The methods that go by a flag.
+    **dict.fromkeys(("sparsity", "prunable"), _SPARSE),
+    **dict.fromkeys(
+        ("distribution", "layer_sparsities", "pattern", "group"),
+        ("static", "rigl", *_PAIRS),
+    ),
+    **dict.fromkeys(("imp_rounds", "rewind_fraction"), ("imp",)),
+    **dict.fromkeys(("preset", "pair_rule"), _PAIRS),
+    **dict.fromkeys(("mode", "horizon", "mask_coupling"), ("d2_sparse",)),
+    **dict.fromkeys(
+        ("coupling", "couplings", "temperature", "coupling_ramp"), _COUPLED
+    ),
+    **dict.fromkeys(("weighted_coupling", "trust_threshold"), _COUPLED),
+    "independent_views": _COUPLED,
+}
 _COLUMNS = {
     "method": "method",
     "accuracy": "accuracy %",
@@ -74,6 +99,7 @@ def run(config: Config) -> dict[str, Any]:
     source = data.load(config.dataset, config.data_dir)
     first = draw_splits(config, source, seed=0)
     task = make_task(config, first.train, source.num_classes, config.sparsity)
+    task = task._replace(prunable=make_prunable(config.prunable, task))
     choices = make_choices(config, config, len(first.train.labels))
     methods: dict[str, Method] = {
         name: make_method(
@@ -81,9 +107,12 @@ def run(config: Config) -> dict[str, Any]:
         )
         for name in config.methods
     }
+    check_of(config, config.methods, _USERS)
+    check_effects(config, list_effects(config))
     lists = {"coupling": config.couplings, "learning_rate": config.learning_rates}
     plans = variants(methods, lists)
-    out = records.open_run(config.workdir or _default_workdir(config), config)
+    workdir = config.workdir or default_workdir("d2_sparse", config)
+    out = records.open_run(workdir, config, results.Finished)
 
     def conclude(job: units.Job, state: TrainState) -> dict[str, Any]:
         unit = job.unit
@@ -101,8 +130,18 @@ def run(config: Config) -> dict[str, Any]:
     def program(name: str) -> int:
         return id(plans[name].method)
 
-    units.run_each(config, out, source, plans, learn, program)
-    return report(config, task, plans, out)
+    with units.reporting(out, lambda: report(config, task, plans, out)) as reported:
+        units.run_each(config, out, source, plans, learn, program)
+    return reported()
+
+
+def list_effects(config: Config) -> dict[str, tuple[object, str]]:
+    """Flags whose effect others take away, see `task.check_effects`."""
+    rates, weights = config.learning_rates, config.couplings
+    return pair_effects(config) | {
+        "learning_rate": (not rates, f"since learning_rates are {rates}"),
+        "coupling": (not weights, f"since couplings are {weights}"),
+    }
 
 
 def report(
@@ -134,10 +173,6 @@ def _rigl_beside(own: Variant, plans: Mapping[str, Variant]) -> str | None:
         if other.base == "rigl" and same and own.base != "rigl":
             return other.name
     return None
-
-
-def _default_workdir(config: Config) -> str:
-    return f"runs/d2_sparse-{config.dataset}-{config.samples_per_class}"
 
 
 def _mask_statistics(state: TrainState) -> dict[str, Any]:

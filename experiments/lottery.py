@@ -35,6 +35,7 @@ from experiments.task import (
     Task,
     TaskConfig,
     check_choice,
+    check_effects,
     check_least,
     default_workdir,
     make_prunable,
@@ -99,14 +100,17 @@ def run(config: Config) -> dict[str, Any]:
     wrap = freeze if config.losers == "freeze" else sparsify
     rule = rules.fixed(dense_masks(task.params))
     network = make_network(task, Recipe(rule, wrap=wrap))
-    out = records.open_run(config.workdir or default_workdir("lottery", config), config)
+    workdir = config.workdir or default_workdir("lottery", config)
+    out = records.open_run(workdir, config, results.Rounds)
 
     def learn(jobs: Sequence[units.Job]) -> None:
         for job in jobs:
             run_unit(config, task, network, sparsities, out, job)
 
-    units.run_each(config, out, source, config.score, learn)
-    return report(config, task, [0.0, *sparsities], out)
+    asked = [0.0, *sparsities]
+    with units.reporting(out, lambda: report(config, task, asked, out)) as reported:
+        units.run_each(config, out, source, config.score, learn)
+    return reported()
 
 
 def _check(config: Config) -> None:
@@ -117,6 +121,10 @@ def _check(config: Config) -> None:
     check_choice("losers", config.losers, ("zero", "freeze"))
     check_choice("rewinding", config.rewinding, get_args(Rewinding))
     check_least(config, {"steps": 0, "epochs": 0, "batch_size": 1})
+    still = (False, "since masks change between rounds alone")
+    by_steps = (not config.steps, f"since steps are {config.steps}")
+    effects = {"refresh_interval": still, "growth_samples": still, "epochs": by_steps}
+    check_effects(config, effects)
     if config.ticket:
         raise ValueError(
             f"expected no ticket, since rounds begin dense, got {config.ticket}; go on "

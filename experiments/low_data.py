@@ -22,7 +22,7 @@ from typing import Any
 
 from d2sparse import data, records
 from d2sparse.train import TrainState
-from experiments import cli, units
+from experiments import cli, results, units
 from experiments.few_labels import tuning
 from experiments.few_labels.cells import Cell, list_settings
 from experiments.few_labels.judging import look_closer
@@ -60,7 +60,7 @@ def run(config: Config) -> dict[str, Any]:
             for cell in cells
         }
         planned.append((planner, plans))
-    out = records.open_run(workdir, config)
+    out = records.open_run(workdir, config, results.Finished)
 
     def conclude(job: units.Job, state: TrainState, plan: Plan) -> dict[str, Any]:
         found = look_closer(plan.variant.method, state, job.splits, config)
@@ -68,10 +68,11 @@ def run(config: Config) -> dict[str, Any]:
 
     for _, plans in planned:
         check_recorded(out, plans)
-    for planner, plans in planned:
-        named = {cell.name: plan for cell, plan in plans.items()}
-        run_plans(planner.config, out, source, named, conclude)
-    return report(config, source, out)
+    with units.reporting(out, lambda: report(config, source, out)) as reported:
+        for planner, plans in planned:
+            named = {cell.name: plan for cell, plan in plans.items()}
+            run_plans(planner.config, out, source, named, conclude)
+    return reported()
 
 
 if __name__ == "__main__":

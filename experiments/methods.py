@@ -9,11 +9,19 @@ from typing import Any, Literal, get_args
 
 import jax
 
-from d2sparse import lottery, rules
+from d2sparse import distributions, lottery, rules
 from d2sparse.lottery import Hunt
 from d2sparse.masks import dense_masks
 from d2sparse.train import Data, Runner, TrainState
-from experiments.pairs import UNCOUPLED, Choices, dense_pair, make_plans, sparse_pair
+from experiments.pairs import (
+    Choices,
+    dense_pair,
+    make_plans,
+    sparse_pair,
+    uncoupled_pair,
+)
+from experiments.recipes.arguments import make_shared, rehearse
+from experiments.recipes.options import MaskOptions
 from experiments.session import Session
 from experiments.singles import (
     NO_SETTINGS,
@@ -33,8 +41,19 @@ METHODS: tuple[MethodName, ...] = get_args(MethodName)
 SINGLES: tuple[MethodName, ...] = ("dense", "static", "rigl", "imp")
 
 
-def imp(task: Task, rounds: int, rewind_fraction: float) -> Method:
-    """Iterative magnitude pruning with rewinding; every round is a whole training."""
+def imp(task: Task, rounds: int, rewind_fraction: float, masks: MaskOptions) -> Method:
+    """Iterative magnitude pruning with rewinding; every round is a whole training.
+
+    Raises:
+      ValueError: a number is out of its range, or a pattern is asked for.
+    """
+    for flag in ("distribution", "pattern", "layer_sparsities"):
+        value = getattr(masks, flag)
+        if value not in (getattr(MaskOptions, flag), "global"):
+            raise ValueError(
+                f"expected no {flag} of imp, in which all weights compete one by one, "
+                f"got {value}; leave imp or the flag away"
+            )
     step = rewind_step(rewind_fraction, task.steps)
     network = make_network(task, Recipe(rules.fixed(dense_masks(task.params))))
     sparsities = lottery.round_sparsities(task.sparsity, rounds)
@@ -48,14 +67,28 @@ def imp(task: Task, rounds: int, rewind_fraction: float) -> Method:
         return [
             network.settle(
                 hunt_tickets(
-                    session, network.run, hunt, own, task.steps, step, sparsities
+                    session,
+                    network.run,
+                    hunt,
+                    own,
+                    task.steps,
+                    step,
+                    sparsities,
+                    prunable=task.prunable,
                 ),
                 own,
             )
             for session, hunt, own in zip(sessions, hunts, data, strict=True)
         ]
 
-    return Method(init, fit, network.predict, network.costs, state=_in_training)
+    return Method(
+        init,
+        fit,
+        network.predict,
+        network.costs,
+        state=_in_training,
+        settle=network.settle,
+    )
 
 
 def hunt_tickets(
@@ -100,17 +133,22 @@ def make_method(
       ValueError: unknown name, or choices that do not fit.
     """
     plan = make_plans(task, "symmetric").fast
-    rigl = functools.partial(rules.rigl, drop_fraction=plan.drop_fraction)
+    shared = make_shared(task, choices.masks, distributions.erk)
+    static = functools.partial(rules.static, **shared)
+    rigl = functools.partial(rules.rigl, drop_fraction=plan.drop_fraction, **shared)
     interval = task.mean_interval(plan.interval)
+
+    def alone(recipe: Recipe) -> Method:
+        rehearse(task, choices.masks, shared)
+        return single(task, recipe)
+
     builders: dict[str, Callable[[], Method]] = {
         "dense": lambda: single(task, Recipe(rules.static(0.0))),
-        "static": lambda: single(task, Recipe(rules.static)),
-        "rigl": lambda: single(task, Recipe(rigl, plan.when, interval)),
-        "imp": lambda: imp(task, rounds, rewind_fraction),
-        "uncoupled_pair": lambda: sparse_pair(
-            task, choices._replace(coupling=UNCOUPLED, mode="trained")
-        ),
-        "dense_mutual": lambda: dense_pair(task),
+        "static": lambda: alone(Recipe(static)),
+        "rigl": lambda: alone(Recipe(rigl, plan.when, interval)),
+        "imp": lambda: imp(task, rounds, rewind_fraction, choices.masks),
+        "uncoupled_pair": lambda: uncoupled_pair(task, choices),
+        "dense_mutual": lambda: dense_pair(task, choices.coupling),
         "d2_sparse": lambda: sparse_pair(task, choices),
     }
     if name not in builders:

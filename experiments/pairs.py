@@ -1,17 +1,20 @@
 """Two networks that are trained together, and the flags that they can be varied by."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
 
-from d2sparse import data, dual, rules, train, tree
-from d2sparse.dual import Coupling, Dual
+from d2sparse import data, distributions, dual, rules, train, tree
+from d2sparse.dual import Coupling, Dual, MakeRule
+from d2sparse.masks import Selection, select
 from d2sparse.schedules import at
 from d2sparse.train import Data, TrainState
-from d2sparse.transforms import get_average, sparsify
+from d2sparse.transforms import sparsify
+from experiments.recipes.arguments import make_shared, rehearse
+from experiments.recipes.options import MaskOptions, check_masks
 from experiments.singles import (
     NO_SETTINGS,
     Method,
@@ -19,15 +22,20 @@ from experiments.singles import (
     train_through,
     with_cost,
 )
-from experiments.task import Task, TaskConfig, check_least
+from experiments.task import Task, TaskConfig, check_choice, check_least
 
-UNCOUPLED = Coupling(fast=0.0, slow=0.0, masks=0.0)
+PairRule = Literal["rigl", "set", "static"]
+
+_UNCOUPLED = Coupling(fast=0.0, slow=0.0, masks=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class PairOptions:
+class PairOptions(MaskOptions):
     """Flags of experiments with pairs."""
 
+    # How the masks of a pair of sparse networks move; without rigl, which grows by
+    # gradients, --mask_coupling sets where they start alone.
+    pair_rule: PairRule = "rigl"
     # How D2-Sparse's slow learner learns: by gradient, or as the fast one's average.
     mode: Literal["trained", "consolidated"] = "trained"
     # Pace of the two learners, see d2sparse.dual.make_plans; auto is fast_slow where
@@ -45,6 +53,16 @@ class PairOptions:
     horizon: int = 0  # steps the slow average reaches back; 0: a sixth of the run
 
 
+def pair_effects(options: PairOptions) -> dict[str, tuple[object, str]]:
+    """Flags of pairs that are of no use without another, see `task.check_effects`."""
+    grouped = options.pattern in ("n_of_m", "blocks")
+    follows = options.mode == "consolidated"
+    return {
+        "group": (grouped, "which is for the patterns n_of_m and blocks"),
+        "horizon": (follows, "which is for mode consolidated"),
+    }
+
+
 class Choices(NamedTuple):
     """What a pair is asked to be.
 
@@ -53,12 +71,16 @@ class Choices(NamedTuple):
       preset: of their paces.
       mode: how the slow one learns.
       horizon: steps the slow learner's average reaches back, in mode "consolidated".
+      rule: how the masks move.
+      masks: what is pruned, and in which pattern.
     """
 
     coupling: Coupling
     preset: str
     mode: str
     horizon: float
+    rule: PairRule = "rigl"
+    masks: MaskOptions = MaskOptions()
 
 
 def make_choices(options: PairOptions, config: TaskConfig, samples: int) -> Choices:
@@ -73,6 +95,8 @@ def make_choices(options: PairOptions, config: TaskConfig, samples: int) -> Choi
       ValueError: a flag is out of its range.
     """
     check_least(options, {"horizon": 0})
+    check_choice("pair_rule", options.pair_rule, get_args(PairRule))
+    check_masks(options)
     epoch = data.steps_per_epoch(samples, config.batch_size)
     suited = "fast_slow" if options.mode == "consolidated" else "averaged"
     return Choices(
@@ -89,6 +113,8 @@ def make_choices(options: PairOptions, config: TaskConfig, samples: int) -> Choi
         preset=suited if options.preset == "auto" else options.preset,
         mode=options.mode,
         horizon=options.horizon or max(config.steps / 6, epoch),
+        rule=options.pair_rule,
+        masks=options,
     )
 
 
@@ -98,7 +124,8 @@ def pair(
     coupling: Coupling,
     intervals: Dual,
     when: Dual | None = None,
-    averages: bool = False,
+    average_from: int | None = None,
+    selection: Selection = select,
 ) -> Method:
     """Two networks, coupled or not.
 
@@ -108,7 +135,9 @@ def pair(
       coupling: how they influence each other; equal weights may differ between units.
       intervals: mean steps between the refreshes of each mask, None for none.
       when: step -> bool of each, when its mask is refreshed.
-      averages: whether averages of the weights are kept, which then are what counts.
+      average_from: step from which averages of the weights are kept, which then are
+        what counts; None for none.
+      selection: which patterns may be live.
     """
     models, own = Dual(task.model, task.model), _defaults(task, coupling)
     tx(own, jax.random.key(0))  # Complains now, not when the step is traced.
@@ -119,7 +148,8 @@ def pair(
         task.augment,
         task.smoothing,
         task.growth_samples,
-        when=when,
+        task.prunable,
+        when,
     )
 
     def costs(state: TrainState, data: Data) -> dict[str, Any]:
@@ -133,10 +163,17 @@ def pair(
 
     def init(key: jax.Array, data: Data, settings: Settings = NO_SETTINGS) -> Any:
         mask_key, key = jax.random.split(key)
-        chosen, skip = own | dict(settings), task.skip_faults
-        transforms = tx(chosen, mask_key)
+        chosen = own | dict(settings)
         return dual.init_pair(
-            models, transforms, data, key, coupling, settings=chosen, skip_faults=skip
+            models,
+            tx(chosen, mask_key),
+            data,
+            key,
+            coupling,
+            task.prunable,
+            chosen,
+            task.skip_faults,
+            selection,
         )
 
     def predict(state: TrainState, data: Data) -> dict[str, np.ndarray]:
@@ -146,7 +183,7 @@ def pair(
         inference = costs(state, data)[dual.headline(state)]
         return dual.stored_numbers(state), float(inference)
 
-    settle = _settle(task) if averages else _as_it_is
+    settle = _as_it_is if average_from is None else _settle(task, average_from)
     return Method(
         init,
         train_through(run, task.steps, settle),
@@ -162,12 +199,16 @@ def sparse_pair(task: Task, choices: Choices) -> Method:
     """Two sparse networks with the budget of one between them.
 
     Raises:
-      ValueError: an average is asked for of learners that average already.
+      ValueError: an average is asked for of learners that average already, or a pattern
+        does not fit the network.
     """
     halves = split_budget(task)
+    shared = make_shared(task, choices.masks, distributions.erk)
+    for sparsity in halves:
+        rehearse(task._replace(sparsity=sparsity), choices.masks, shared)
     plans = make_plans(task, choices.preset)
-    averages = plans.fast.average_from is not None
-    if averages and choices.mode == "consolidated":
+    begin = plans.fast.average_from
+    if begin is not None and choices.mode == "consolidated":
         raise ValueError(
             "expected no averaging of a pair that consolidates, which is an average "
             "already, got --averaging or preset averaged; choose --mode=trained"
@@ -181,11 +222,21 @@ def sparse_pair(task: Task, choices: Choices) -> Method:
             choices.mode,
             choices.horizon,
             key,
+            _RULES[choices.rule],
+            **shared,
         )
 
     intervals = Dual(*(task.mean_interval(plan.interval) for plan in plans))
+    if choices.rule != "rigl":  # The others need no growth gradients.
+        intervals = Dual(None, None)
     when = Dual(*(plan.when for plan in plans))
-    return pair(task, tx, choices.coupling, intervals, when, averages)
+    selection = shared["selection"]
+    return pair(task, tx, choices.coupling, intervals, when, begin, selection)
+
+
+def uncoupled_pair(task: Task, choices: Choices) -> Method:
+    """The same two sparse networks, both trained, with nothing between them."""
+    return sparse_pair(task, choices._replace(coupling=_UNCOUPLED, mode="trained"))
 
 
 def dense_pair(task: Task, coupling: Coupling | None = None) -> Method:
@@ -202,14 +253,14 @@ def dense_pair(task: Task, coupling: Coupling | None = None) -> Method:
         network = task.averaged(sparsify(inner, rules.static(0.0), at([]), key))
         return Dual(network, network)
 
-    never, averages = at([]), task.average_from is not None
+    never, begin = at([]), task.average_from
     coupling = dataclasses.replace(coupling or Coupling(), masks=0.0)
-    return pair(task, tx, coupling, Dual(None, None), Dual(never, never), averages)
+    return pair(task, tx, coupling, Dual(None, None), Dual(never, never), begin)
 
 
 def split_budget(task: Task) -> Dual:
     """Sparsities of two networks that have the weights of one between them."""
-    size = sum(leaf.size for leaf in tree.prunable_leaves(task.params).values())
+    size = tree.size(tree.prunable_leaves(task.params, task.prunable))
     return dual.split_sparsity(size, task.sparsity)
 
 
@@ -223,6 +274,18 @@ def make_plans(task: Task, preset: str, learning_rate: Any = None) -> Dual:
     if task.average_from is None:
         return plans
     return Dual(*(plan._replace(average_from=task.average_from) for plan in plans))
+
+
+def _static(sparsity: Any, drop_fraction: Any, **own: Any) -> rules.MaskRule:
+    del drop_fraction
+    return rules.static(sparsity, **own)
+
+
+_RULES: Mapping[PairRule, MakeRule] = {
+    "rigl": rules.rigl,
+    "set": rules.set_,
+    "static": _static,
+}
 
 
 def _defaults(task: Task, coupling: Coupling) -> dict[str, float]:
@@ -248,15 +311,14 @@ def _costs(task: Task, intervals: Dual, state: TrainState, size: int) -> dict[st
     return spent
 
 
-def _settle(task: Task) -> Callable[[TrainState, Data], TrainState]:
+def _settle(task: Task, average_from: int) -> Callable[[TrainState, Data], TrainState]:
     """Both learners with the averages of their weights, and the statistics of these."""
     statistics = train.make_statistics(task.model, task.augment, task.batch_size)
 
     def settle(state: TrainState, data: Data) -> TrainState:
-        params = Dual(*map(get_average, state.opt_state))
-        both = zip(params, state.model_state, strict=True)
-        own = Dual(*(statistics(p, s, data, state.key) for p, s in both))
-        return state._replace(params=params, model_state=own)
+        if int(state.step) <= average_from:
+            return state
+        return dual.settle_pair(state, data, Dual(statistics, statistics))
 
     return settle
 

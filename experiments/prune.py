@@ -27,7 +27,9 @@ from experiments.splits import draw_splits
 from experiments.task import (
     Task,
     TaskConfig,
+    check_effects,
     check_least,
+    check_of,
     default_workdir,
     make_prunable,
     make_task,
@@ -44,6 +46,19 @@ _COLUMNS = {
     "nonzeros": "non-zeros",
     "relative_macs": "training MACs",
     "seconds": "seconds",
+}
+_PRUNED = tuple(name for name in RECIPES if name not in ("dense", "fixed"))
+_USERS = {  # The rules that go by a flag.
+    "sparsities": tuple(name for name in _PRUNED if name not in LEARNED_SPARSITY),
+    **dict.fromkeys(("distribution", "layer_sparsities", "pattern"), _PRUNED),
+    "score": ("one_shot", "gradual"),
+    "drop_fraction": ("set", "rigl", "sparse_momentum", "granet"),
+    "prune_at": ("one_shot", "powerprop", "wanda"),
+    "start_sparsity": ("granet",),
+    "backward_density": ("top_kast",),
+    "score_samples": ("snip", "grasp", "fisher", "wanda"),
+    "power": ("powerprop",),
+    "threshold_decay": ("str",),
 }
 _ANEW = {"dense", "static", "str"}  # They do not go on from a ticket.
 
@@ -109,7 +124,10 @@ def run(config: Config) -> dict[str, Any]:
     task = make_task(config, first.train, source.num_classes, 0.0)
     task = task._replace(prunable=make_prunable(config.prunable, task))
     plans = make_plans(points, task, config)
-    out = records.open_run(config.workdir or default_workdir("prune", config), config)
+    check_of(config, config.rules, _USERS)
+    check_effects(config, list_effects(config))
+    workdir = config.workdir or default_workdir("prune", config)
+    out = records.open_run(workdir, config, results.Finished)
 
     def conclude(job: units.Job, state: TrainState) -> dict[str, float]:
         live = plans[job.unit.method].method.live(state)
@@ -121,8 +139,22 @@ def run(config: Config) -> dict[str, Any]:
     def program(name: str) -> int:
         return id(plans[name].method)
 
-    units.run_each(config, out, source, plans, learn, program)
-    return report(config, task, points, out)
+    with units.reporting(out, lambda: report(config, task, points, out)) as reported:
+        units.run_each(config, out, source, plans, learn, program)
+    return reported()
+
+
+def list_effects(config: Config) -> dict[str, tuple[object, str]]:
+    """Flags whose effect others take away, see `task.check_effects`."""
+    grouped = config.pattern in ("n_of_m", "blocks") or "sr_ste" in config.rules
+    rates = config.learning_rates
+    return {
+        "group": (
+            grouped,
+            "which is for the patterns n_of_m and blocks and for sr_ste",
+        ),
+        "learning_rate": (not rates, f"since learning_rates are {rates}"),
+    }
 
 
 def list_points(config: Config) -> list[Point]:

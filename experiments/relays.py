@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2sparse import dual, lottery, rules, train
+from d2sparse import distributions, dual, lottery, rules, train
 from d2sparse.dual import Dual
 from d2sparse.lottery import Ticket
 from d2sparse.masks import dense_masks
 from d2sparse.train import Data, Taught, Teacher, TrainState
-from experiments.costs import erk_macs
+from experiments.costs import shared_macs
 from experiments.pairs import Choices, sparse_pair, split_budget
+from experiments.recipes.arguments import make_shared
 from experiments.session import Session
 from experiments.singles import (
     NO_SETTINGS,
@@ -96,7 +97,8 @@ def distilled_pair(
         )
     before, after = task._replace(steps=task.steps - last), task._replace(steps=last)
     halves = split_budget(task)
-    cost = erk_macs(task, halves.fast) + erk_macs(task, halves.slow)
+    shared = make_shared(task, choices.masks, distributions.erk)
+    cost = sum(shared_macs(task, half, shared["distribution"]) for half in halves)
     recipe = Recipe(rules.fixed(dense_masks(task.params)))
     student = _student(after, recipe, 2, cost, finish.weight, finish.temperature)
     statistics = train.make_statistics(task.model, task.augment, task.batch_size)
@@ -106,7 +108,12 @@ def distilled_pair(
         params, own = first.params.slow, first.model_state.slow
         live = masks.slow
         if merged:
-            params, live = dual.merge(first.params, masks)
+            params, live = dual.merge(
+                first.params,
+                masks,
+                prunable=task.prunable,
+                selection=shared["selection"],
+            )
             own = statistics(params, own, data, first.key)
         teachers = Dual(*zip(first.params, first.model_state, strict=True))
         known = Taught(own, tuple(Teacher(*teacher) for teacher in teachers))
@@ -177,7 +184,19 @@ def relay(
         is_second = isinstance(state.model_state, Taught)
         return (second if is_second else first).predict(state, data)
 
-    return Method(init, fit, predict, second.costs, second.live, _in_training)
+    def settle(state: TrainState, data: Data) -> TrainState:
+        is_second = isinstance(state.model_state, Taught)
+        return (second if is_second else first).settle(state, data)
+
+    return Method(
+        init,
+        fit,
+        predict,
+        second.costs,
+        second.live,
+        _in_training,
+        settle=settle,
+    )
 
 
 def _student(

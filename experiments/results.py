@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from rich.console import Console
@@ -12,6 +12,27 @@ from d2sparse.tree import PyTree
 from experiments.task import Task, TaskConfig
 
 Results = Mapping[int, Mapping[str, Any]]  # By seed.
+
+
+class Finished(TypedDict):
+    """What the results of every unit hold; those of an experiment hold more."""
+
+    accuracy: float
+    nll: float
+    ece: float
+    brier: float
+    nonzeros: float
+    inference_macs: float
+    training_macs: float
+    seconds: float
+
+
+class Rounds(TypedDict):
+    """The results of a unit that consists of rounds."""
+
+    rounds: list[Finished]
+
+
 _DIFFERENCES = (
     *("to_dense", "to_random", "to_rigl", "to_imp"),
     *("to_uncoupled", "to_half"),
@@ -123,7 +144,7 @@ def cells(row: Mapping[str, Any], error: str = "standard_error") -> dict[str, st
       error: the field that stands behind the accuracy.
     """
     if not row["seeds"]:
-        return {"method": row["method"], "accuracy": "failed"}
+        return {"method": row["method"], "accuracy": "no result"}
     text = {
         key: signed_percent(row[key], row[f"{key}_error"])
         for key in _DIFFERENCES

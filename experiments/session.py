@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from d2sparse import records, train
+from d2sparse import records, schema, train
 from d2sparse.checkpoint import Checkpoints
 from d2sparse.train import Data, Indices, Logs, Runner, TrainState
 from d2sparse.tree import PyTree
@@ -36,6 +36,7 @@ class Ledger:
       spent: multiply-accumulates per example of a batch, summed over steps.
       seconds: of training, over all attempts.
       lines: measurements in metrics.jsonl.
+      digest: what `records.Run.measured` says of them.
       rounds: results of the parts of it that have finished.
       logs: metrics of the steps since the last report.
       means: metrics of the last report.
@@ -47,6 +48,7 @@ class Ledger:
     spent: float = 0.0
     seconds: float = 0.0
     lines: int = 0
+    digest: str = ""
     rounds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     logs: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     means: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -90,7 +92,7 @@ class Session:
         self._measure, self.interrupted = measure, interrupted
         self._checkpoints = Checkpoints(
             out.workdir / "checkpoints" / unit.name,
-            about=records.identity(config),
+            about=records.identity(config) | {"unit": unit.name},
             keep=config.keep_checkpoints,
         )
         self._saved = self._began = time.perf_counter()
@@ -101,17 +103,31 @@ class Session:
         Args:
           make: makes it afresh.
           state: the training state in it.
+
+        Raises:
+          ValueError: the checkpoint is not one of this unit, or does not go with what
+            has been measured.
         """
         self._note(f"{self.unit.name}, compiling")
         fresh = make()
         found = self._checkpoints.restore(like=fresh)
-        if found is not None:
-            self.ledger = Ledger(**found.notes)
-        self._out.start(self.unit, self.ledger.lines)
-        if found is not None:
-            return found.state
-        self._log(0, state(fresh), {})
-        return fresh
+        if found is None:
+            self._out.start(self.unit)
+            self._log(0, state(fresh), {})
+            return fresh
+        try:
+            self.ledger = schema.parse(found.notes, Ledger)
+            step = self._position(state(found.state))
+            if found.step != step:
+                raise ValueError(f"its state stands at step {step}")
+        except ValueError as error:
+            raise ValueError(
+                f"the checkpoint of step {found.step} of {self.unit.name} was not "
+                f"written by this version of the code: {error}; remove checkpoints/"
+                f"{self.unit.name} to begin the unit anew"
+            ) from None
+        self._out.start(self.unit, self.ledger.lines, self.ledger.digest)
+        return found.state
 
     def train(
         self,
@@ -155,8 +171,12 @@ class Session:
         self._saved, state = now, train.last_good(state)
         self.ledger.logs = {k: np.asarray(v).tolist() for k, v in logs.items()}
         notes = dataclasses.asdict(self.ledger) | {"seconds": self.seconds}
-        position = self.ledger.taken + int(state.step) - self.ledger.last
+        position = self._position(state)
         self._checkpoints.save(position, around(state), notes, self.ledger.score)
+
+    def _position(self, state: TrainState) -> int:
+        """Steps of all trainings of the unit."""
+        return self.ledger.taken + int(state.step) - self.ledger.last
 
     def _log(self, step: int, state: TrainState, logs: dict[str, float]) -> None:
         values = logs | dict(self._measure(state))
@@ -164,6 +184,7 @@ class Session:
         self.ledger.score = None if score is None else float(score)
         self._out.log(self.unit, step, values)
         self.ledger.lines += 1
+        self.ledger.digest = self._out.measured(self.unit)
         self._note(f"{self.unit.name}, step {step}")
 
 

@@ -43,7 +43,7 @@ class Method(NamedTuple):
       run: runner of its steps, where all of them are those of one program and several
         units can be trained at once. The metrics of every step hold what it costs:
         "macs", per example.
-      settle: `(state, data) -> state`, what counts of a state at the end of training.
+      settle: `(state, data) -> state`, what counts of a state in or after training.
     """
 
     init: Callable[[jax.Array, Data, Settings], Any]
@@ -100,8 +100,8 @@ class Network(NamedTuple):
       predict: `(state, data) -> probabilities by output`.
       costs: `(state, data) -> (numbers stored, MACs at inference)`.
       live: `state -> masks` of the weights that the forward pass sees.
-      settle: `(state, data) -> state`, what counts of a state at the end of training:
-        that with the average of the weights, where the task asks for one.
+      settle: `(state, data) -> state`, what counts of a state: that with the average of
+        the weights, where the task asks for one and it has begun.
     """
 
     init: Callable[[jax.Array, Data, Settings], TrainState]
@@ -211,8 +211,8 @@ def make_settle(task: Task, model: Model) -> Callable[[TrainState, Data], TrainS
     statistics = train.make_statistics(model, task.augment, task.batch_size)
 
     def settle(state: TrainState, data: Data) -> TrainState:
-        if task.average_from is None:
-            return state
+        if task.average_from is None or int(state.step) <= task.average_from:
+            return state  # The average begins with the weights after that step.
         params = get_average(state.opt_state)
         own = statistics(params, state.model_state, data, state.key)
         return state._replace(params=params, model_state=own)

@@ -17,6 +17,7 @@ from d2sparse import macs, rules, train
 from d2sparse.reparam import nonzero_masks
 from d2sparse.schedules import Step, at, every
 from d2sparse.train import Data, Teacher, TrainState
+from experiments.recipes.arguments import Shared
 from experiments.session import Session
 from experiments.singles import NO_SETTINGS, Method, Recipe, Settings, make_network
 from experiments.task import Task
@@ -39,7 +40,7 @@ class Members(NamedTuple):
 
 
 def free_tickets(
-    task: Task, members: int, explore: float, drop_fraction: float
+    task: Task, members: int, explore: float, drop_fraction: float, shared: Shared
 ) -> Method:
     """An ensemble out of one training; its members share the weights of one network.
 
@@ -48,6 +49,7 @@ def free_tickets(
       members: how many there are.
       explore: part of the run, in (0, 1), before the first one is annealed.
       drop_fraction: part of the live weights that moves at a refresh until then.
+      shared: the arguments that all rules have.
 
     Raises:
       ValueError: a number is out of its range, or an average of the weights is asked
@@ -77,7 +79,7 @@ def free_tickets(
     refreshes = max(first - 1, 0) // task.interval + len(escapes)
     own_sparsity = 1 - (1 - task.sparsity) / members
     recipe = Recipe(
-        lambda sparsity: rules.rigl(sparsity, drop),
+        lambda sparsity: rules.rigl(sparsity, drop, **shared),
         lambda step: explores(step) | at(escapes)(step),
         task.steps / refreshes if refreshes else None,
         schedule=schedule,

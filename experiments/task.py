@@ -275,6 +275,53 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ValueError(f"expected {name} of {', '.join(choices)}, got {value!r}")
 
 
+def given(config: Any) -> dict[str, Any]:
+    """The flags that differ from their defaults, with their values."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {name: own for name, own in values.items() if own != defaults[name]}
+
+
+def check_effects(config: Any, effects: Mapping[str, tuple[object, str]]) -> None:
+    """Refuses flags that would change nothing.
+
+    Args:
+      config: the flags.
+      effects: by flag, whether it has an effect beside the others, and what says where
+        it would have one.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    for name, value in given(config).items():
+        has_effect, where = effects.get(name, (True, ""))
+        if not has_effect:
+            raise ValueError(f"expected no {name}, {where}, got {value}; leave it away")
+
+
+def check_of(
+    config: Any, chosen: Iterable[str], users: Mapping[str, Iterable[str]]
+) -> None:
+    """Refuses flags of methods none of which is chosen.
+
+    Args:
+      config: the flags.
+      chosen: names of methods.
+      users: names of those that go by a flag.
+
+    Raises:
+      ValueError: naming the flag and its methods.
+    """
+    names = {flag: list(own) for flag, own in users.items()}
+    check_effects(
+        config,
+        {
+            flag: (set(own) & set(chosen), f"which is for {', '.join(own)}")
+            for flag, own in names.items()
+        },
+    )
+
+
 def make_prunable(name: str, task: Task) -> Prunable:
     """Which leaves of the task's network may be pruned.
 
@@ -318,7 +365,8 @@ def default_workdir(experiment: str, config: TaskConfig) -> str:
         if field.compare
     }
     digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
-    return f"runs/{experiment}-{config.dataset}-{config.samples_per_class}-{digest[:6]}"
+    samples = "" if config.samples_per_class is None else f"-{config.samples_per_class}"
+    return f"runs/{experiment}-{config.dataset}{samples}-{digest[:6]}"
 
 
 def shapes_and_macs(

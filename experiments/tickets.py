@@ -1,7 +1,6 @@
 """Lottery tickets on disk, for other experiments to start from."""
 
 import os
-from pathlib import Path
 
 from d2sparse import checkpoint
 from d2sparse.lottery import Ticket
@@ -38,5 +37,5 @@ def load_ticket(
         leaf.
     """
     like = {"params": params, "model_state": model_state}
-    tree, masks = checkpoint.load_sparse(Path(directory).expanduser(), like)
+    tree, masks = checkpoint.load_sparse(directory, like)
     return Ticket(tree["params"], tree["model_state"], masks["params"])

@@ -1,9 +1,11 @@
 """How units are run: every method with every seed, each once, with a live display."""
 
+import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -66,6 +68,10 @@ class Judged(Protocol):
     def costs(self) -> Callable[[TrainState, Data], tuple[int, float]]:
         """Numbers stored, and MACs of the headline at inference."""
 
+    @property
+    def settle(self) -> Callable[[TrainState, Data], TrainState]:
+        """What counts of a state: the averages of its weights, where there are any."""
+
 
 def run_each(
     config: TaskConfig,
@@ -101,6 +107,8 @@ def run_each(
         done = len(every) - len(missing)
         bar = progress.add_task("", total=len(every), completed=done)
         agreed = processes.Agreed(interrupted)
+        say = functools.partial(_say, progress) if out.writes else _be_silent
+        say(f"{out.workdir}: {done} of {len(every)} runs have finished")
 
         def note(text: str) -> None:
             progress.update(bar, description=text)
@@ -111,6 +119,51 @@ def run_each(
                 raise KeyboardInterrupt
             learn([Job(u, splits_of(u.seed), note, agreed) for u in units])
             progress.advance(bar, len(units))
+            for unit in units:
+                done += 1
+                line = _in_short(config, unit, out.finished(unit))
+                say(f"{done}/{len(every)} {line}")
+
+
+@contextlib.contextmanager
+def reporting(
+    out: records.Run, report: Callable[[], Mapping[str, Any]]
+) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Around the runs of an experiment: it reports on them, also where it is stopped.
+
+    Args:
+      out: the run directory.
+      report: writes table.md and the summary of what has finished, and returns the
+        summary.
+
+    Returns:
+      `() -> summary`, to be called after the block.
+
+    Raises:
+      FloatingPointError: by the function, if every run has failed.
+      KeyboardInterrupt: it was stopped; the table is there, and says so.
+    """
+
+    def whole() -> dict[str, Any]:
+        summary, failures = dict(report()), out.failures()
+        if failures and len(failures) == len(out.units()):
+            name, why = next(iter(failures.items()))
+            raise FloatingPointError(
+                f"all {len(failures)} runs have failed, {name} since {why}"
+            )
+        return summary
+
+    try:
+        yield whole
+    except KeyboardInterrupt:
+        if out.writes and len(out.units()) > len(out.failures()):
+            summary = report()
+            partial = "This table is partial: the run was stopped before its end."
+            table = (out.workdir / "table.md").read_text(encoding="utf-8")
+            out.write_text("table.md", f"{partial}\n\n{table}")
+            out.write_summary({**summary, "partial": True})
+            print(partial, flush=True)
+        raise
 
 
 def _one_by_one(config: TaskConfig) -> bool:
@@ -248,7 +301,8 @@ def open_session(
     def measure(state: TrainState) -> dict[str, Any]:
         values = dict(statistics(state))
         if (monitor := job.splits.monitor) is not None:
-            headline = _headline(method.predict(state, monitor))
+            counts = method.settle(state, job.splits.train)
+            headline = _headline(method.predict(counts, monitor))
             values["monitor_accuracy"] = accuracy(headline, monitor)
         return values
 
@@ -282,6 +336,30 @@ def _headline(outputs: Mapping[str, np.ndarray]) -> np.ndarray:
     return next(iter(outputs.values()))
 
 
+def _in_short(
+    config: TaskConfig, unit: records.Unit, found: Mapping[str, Any] | None
+) -> str:
+    """A line on a unit: its accuracy at the end of its last part, or why it failed."""
+    if found is None or "failed" in found:
+        return f"{unit.name} failed: {(found or {}).get('failed', 'no result')}"
+    parts = found.get("rounds") or found.get("stages") or [found]
+    judged = "validation" if config.validation_fraction else "test"
+    accuracy, seconds = (parts[-1][key] for key in ("accuracy", "seconds"))
+    return f"{unit.name}: {100 * accuracy:.2f} % {judged} accuracy, {seconds:.1f} s"
+
+
+def _say(progress: Progress, line: str) -> None:
+    """Prints a line above the display; at once, wherever the output goes."""
+    if not progress.disable and progress.console.is_terminal:
+        progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    else:
+        print(line, flush=True)
+
+
+def _be_silent(line: str) -> None:
+    del line
+
+
 def _display(config: TaskConfig) -> Progress:
     return Progress(
         BarColumn(),
@@ -289,6 +367,6 @@ def _display(config: TaskConfig) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
-        disable=not config.progress,
+        disable=not config.progress or not sys.stdout.isatty(),
         transient=True,
     )

@@ -40,12 +40,12 @@ def table_rows(workdir):
 
 
 def without_time(value):
-    """What must be repeated to the last bit: everything but seconds and places."""
+    """What must be repeated to the last bit: all but seconds, their seal and places."""
     if isinstance(value, dict):
         return {
             key: without_time(item)
             for key, item in value.items()
-            if key not in ("seconds", "workdir")
+            if key not in ("seconds", "seal", "workdir")
         }
     return [without_time(item) for item in value] if isinstance(value, list) else value
 

@@ -243,7 +243,22 @@ def test_compat_cuts_the_data_in_their_own_order(tmp_path, task):
     released = anytime.resolve(dataclasses.replace(TINY, compat="app-2022"))
     labels = np.asarray(task[1].train.labels)
     first = make_timetable(released, labels, seed=0).stream[0]
-    np.testing.assert_array_equal(np.concatenate(first), np.arange(60))
+    np.testing.assert_array_equal(np.sort(np.concatenate(first)), np.arange(60))
+
+
+def test_a_stream_sorted_by_class_trains_on_all_of_them_or_is_refused():
+    labels = np.repeat(np.arange(10), 18)
+    config = dataclasses.replace(TINY, permuted=False)
+    for stratified, megabatches in ((False, 3), (True, 3), (True, 1)):
+        own = dataclasses.replace(
+            config, stratified=stratified, megabatches=megabatches
+        )
+        for part in make_timetable(own, labels, seed=0).visible[-1]:
+            assert stratified <= (set(labels[part]) == set(range(10)))
+        trained = make_timetable(own, labels, seed=0).visible[-1].train
+        assert set(labels[trained]) == set(range(10))
+    with pytest.raises(ValueError, match=r"none of the examples of \[7, 8, 9\]"):
+        make_timetable(dataclasses.replace(config, wait=2), labels, seed=0)
 
 
 CHANGES = [
@@ -258,7 +273,7 @@ CHANGES = [
     {"select": "last"},
     {"carry_moments": True},
     {"schedule": "cosine"},
-    {"steps": 6},
+    {"steps": 6, "epochs": 10},
     {"label_noise": 0.4},
     {"levels": "constant"},
     {"stream_validation": 0.0},
@@ -339,6 +354,7 @@ BAD = [
     ({"tau": 0.0}, "target level above 0, got 0"),
     ({"replay": "buffer", "replay_size": 0}, "replay buffer of at least 1 example"),
     ({"megabatches": 12}, "fill a batch of 16, got 14 examples to train on"),
+    ({"stream_validation": 0.01}, "stream_validation=0.01 of 60 examples; raise it"),
     ({"wait": 4}, "wait for 1 to 3 megabatches, as there are, got 4"),
     ({"methods": ()}, r"methods of dense, scratch, .*got none"),
     ({"methods": ("apps",)}, r"methods of dense, .*got 'apps'"),
@@ -349,7 +365,13 @@ BAD = [
     ({"growth_samples": 5}, "no --growth_samples, since other examples than those"),
     ({"averaging": 0.5}, "no --averaging, since the best epoch"),
     ({"runs_at_once": 2}, "no --runs_at_once, since the runs of a stream"),
-    ({"prunable": "body"}, "prunable=kernels for d2_consolidated, d2_sparse, got body"),
+    ({"epochs": 3, "steps": 4}, "expected no epochs, since steps are 4, got 3"),
+    ({"replay_size": 20}, "no replay_size, which is for --replay=buffer, got 20"),
+    ({"replay_fraction": 0.2}, "no replay_fraction, which is for --replay=fraction"),
+    (
+        {"compat": "app-2022", "score_sample": "first", "dead": "revive"},
+        "no dead, which compat=app-2022 sets to intersect, got revive",
+    ),
     ({"epochs": 0}, "expected epochs >= 1, got 0"),
     ({"compat": "app"}, r"compat of none, app-2022, got 'app'"),
     ({"refresh_interval": 10_000}, "expected a refresh within the first"),
@@ -367,11 +389,13 @@ def test_bad_input_is_refused_before_anything_is_written(
 
 
 def test_one_that_diverges_leaves_the_others_and_its_match_says_why(tmp_path):
-    summary = run(
-        tmp_path / "run",
-        methods=("dense", "app_2022", "random_matched"),
-        learning_rate=1e30,
-    )
+    with pytest.raises(FloatingPointError, match="all 3 runs have failed, app_2022-s"):
+        run(
+            tmp_path / "run",
+            methods=("dense", "app_2022", "random_matched"),
+            learning_rate=1e30,
+        )
+    summary = read(tmp_path / "run" / "summary.json")
     assert set(summary["failed"]) == {
         "dense-seed0",
         "app_2022-seed0",
@@ -380,4 +404,4 @@ def test_one_that_diverges_leaves_the_others_and_its_match_says_why(tmp_path):
     assert "app_2022 has failed" in summary["failed"]["random_matched-seed0"]
     assert len(unit_files(tmp_path / "run")) == 3
     assert "failed" in (tmp_path / "run" / "table.md").read_text()
-    assert read(tmp_path / "run" / "summary.json")["methods"][0]["seeds"] == 0
+    assert summary["methods"][0]["seeds"] == 0

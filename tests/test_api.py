@@ -17,7 +17,16 @@ import pytest
 import d2sparse
 
 # Rooms whose functions need no more than arrays to be shown in an example.
-GROUND = ["tree", "masks", "scores", "distributions", "schedules", "rules", "losses"]
+GROUND = [
+    "checks",
+    "tree",
+    "masks",
+    "scores",
+    "distributions",
+    "schedules",
+    "rules",
+    "losses",
+]
 GROUND += ["metrics", "macs", "transforms", "reparam", "packing"]
 MODULES = [m.name for m in pkgutil.walk_packages(d2sparse.__path__, "d2sparse.")]
 NEVER_ON_IMPORT = {
@@ -64,6 +73,24 @@ def test_the_import_is_light_and_touches_no_device():
         check=True,
     )
     assert not NEVER_ON_IMPORT & set(shown.stdout.split())
+
+
+def run_python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+
+
+def test_rooms_are_there_after_the_import_and_name_what_they_lack():
+    found = run_python("import d2sparse; print(d2sparse.lottery.__name__)")
+    assert found.stdout.strip() == "d2sparse.lottery"
+    found = run_python(
+        "import sys; sys.modules['flax'] = None\nfrom d2sparse import dual"
+    )
+    last = found.stderr.strip().splitlines()[-1]
+    assert 'dual needs flax, which is not installed; pip install "d2sparse[exp' in last
+    with pytest.raises(AttributeError, match="no attribute 'duel'"):
+        d2sparse.duel  # noqa: B018
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -20,7 +20,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from d2sparse import train
-from d2sparse.checkpoint import Checkpoint, Checkpoints, leaves, store
+from d2sparse.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    leaves,
+    load_sparse,
+    save_sparse,
+    store,
+)
 from d2sparse.data import Split
 from d2sparse.models import from_linen, layers
 from d2sparse.rules import rigl
@@ -71,7 +78,7 @@ def weights(value):
 
 
 def steps(directory):
-    return sorted(path.name for path in Path(directory).iterdir())
+    return sorted({path.name for path in Path(directory).iterdir()} - {"lock"})
 
 
 def files(directory):
@@ -325,7 +332,7 @@ def test_links_and_paths_that_lead_outside_are_refused(three, tmp_path):
         store.read(directory / "30")
     for name in ("../10/manifest.json", str(directory / "10" / "manifest.json")):
         manifest = store._read_manifest(directory / "20")
-        manifest["files"][name] = store._fingerprint(directory / "10" / "manifest.json")
+        manifest.files[name] = store._fingerprint(directory / "10" / "manifest.json")
         with pytest.raises(store.Damaged, match="is outside of it"):
             store._check_files(directory / "20", manifest)
 
@@ -408,7 +415,7 @@ def test_an_error_in_the_background_reaches_the_caller(tmp_path, monkeypatch):
             checkpoints.save(40, weights(40.0))
         first = Checkpoints(tmp_path / "first")
         first.save(1, weights(1.0))
-        with pytest.raises(OSError, match="there is no earlier checkpoint; free"):
+        with pytest.raises(OSError, match="no earlier checkpoint; free some space"):
             first.wait()
     checkpoints.wait()  # Told once.
     assert steps(tmp_path) == ["10", "first"]
@@ -549,7 +556,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert done.returncode == 0, done.stderr
     message = f"expected to write the checkpoint of step 30 to {tmp_path}/run, got "
     assert done.stdout.startswith(message)
-    assert "the checkpoint of step 20 is intact; free some space" in done.stdout
+    assert "of step 20 is intact; raise the limit of file sizes" in done.stdout
     assert steps(tmp_path / "run") == ["20"]
     restored = Checkpoints(tmp_path / "run").restore({"w": np.zeros(1000)})
     np.testing.assert_array_equal(restored.state["w"], np.arange(1000.0))
@@ -569,3 +576,109 @@ def test_an_end_of_the_program_loses_nothing_silently(tmp_path):
         warnings.simplefilter("error")
         restored = Checkpoints(tmp_path / "run").restore({"w": np.ones(3_000_000)})
     assert restored is not None or "write the checkpoint of step 20" in done.stderr
+
+
+# What a target asks for
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array(["a", "bc"]),
+        np.array([b"a"]),
+        np.array([None, 1], object),
+        np.zeros(2, [("a", "i4"), ("b", "f4")]),
+        np.zeros(2, "V8"),
+        np.zeros(2, "datetime64[s]"),
+        np.zeros(2, np.longdouble),
+        np.zeros(2, ">f4"),
+        np.ma.array([1.0, 2.0], mask=[True, False]),
+        jnp.zeros(2, jnp.uint4),
+        "text",
+        2**70,
+    ],
+    ids=lambda value: f"{type(value).__name__}-{np.asarray(value).dtype}",
+)
+def test_what_is_no_array_of_numbers_is_refused_at_once(value, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"numbers or bool at \['x'\]\['y'\], got .* l"
+    ):
+        Checkpoints(tmp_path / "run").save(1, {"w": np.ones(2), "x": {"y": value}})
+    if hasattr(value, "shape"):
+        kept = {"w": np.ones(value.shape, bool)}
+        with pytest.raises(ValueError, match="numbers or bool at 'w', got "):
+            save_sparse(tmp_path / "ticket", {"w": value}, kept)
+    assert not steps(tmp_path)
+
+
+def abstract(leaf, sharding=None):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+@pytest.mark.parametrize(
+    "axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit]
+)
+def test_targets_are_honoured_concrete_or_abstract(tmp_path, axis_type):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), (axis_type,) * 2)
+    weights = np.arange(32.0, dtype=np.float32).reshape(8, 4)
+    saved = {"w": weights, "key": jax.random.split(jax.random.key(1), 8)}
+    kept = {"w": weights > 0}
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(1, saved)
+    save_sparse(tmp_path / "ticket", {"w": weights}, kept)
+    rows = NamedSharding(mesh, P("x", "y"))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    keys = NamedSharding(mesh, P("y"))
+    for sharding, own in ((rows, keys), (one, one)):
+        concrete = jax.device_put(weights, sharding)
+        for like in (concrete, abstract(concrete, sharding)):
+            key = abstract(saved["key"], own)
+            got = checkpoints.restore({"w": like, "key": key}).state
+            sparse, masks = load_sparse(tmp_path / "ticket", {"w": like})
+            for leaf in (got["w"], sparse["w"]):
+                assert (leaf.sharding, leaf.dtype) == (sharding, weights.dtype)
+                np.testing.assert_array_equal(leaf, weights)
+            assert masks["w"].sharding == sharding
+            assert got["key"].sharding == own
+            assert bits(got["key"]) == bits(saved["key"])
+    with jax.set_mesh(mesh):
+        traced = jax.eval_shape(lambda x: 2 * x, jax.device_put(weights, rows))
+        sparse, _ = load_sparse(tmp_path / "ticket", {"w": traced})
+    if axis_type == jax.sharding.AxisType.Explicit:
+        assert sparse["w"].sharding == rows
+        with pytest.raises(ValueError, match="a sharding with devices at 'w'"):
+            load_sparse(tmp_path / "ticket", {"w": traced})
+    plain, _ = load_sparse(tmp_path / "ticket", {"w": abstract(weights)})
+    assert not plain["w"].committed
+
+
+def test_what_jax_would_narrow_is_refused_and_numpy_keeps_it(tmp_path):
+    weights, kept = {"w": np.array([1 / 3, 0.0])}, {"w": np.array([True, False])}
+    save_sparse(tmp_path / "ticket", weights, kept)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(1, weights)
+    reads = (
+        lambda like: load_sparse(tmp_path / "ticket", like)[0],
+        lambda like: checkpoints.restore(like).state,
+    )
+    for read in reads:
+        got = read(weights)["w"]
+        assert type(got) is np.ndarray
+        np.testing.assert_array_equal(got, weights["w"])
+        like = {"w": jax.ShapeDtypeStruct((2,), np.float64)}
+        with pytest.raises(ValueError, match=r"float64 at .*w.* would hold as float32"):
+            read(like)
+        with jax.enable_x64(True):
+            got = read(like)["w"]
+            assert (isinstance(got, jax.Array), got.dtype) == (True, np.float64)
+            np.testing.assert_array_equal(got, weights["w"])
+    assert steps(tmp_path / "run") == ["1"]
+
+
+def test_the_rest_of_a_complete_replacement_is_removed(three, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(three, directory)
+    shutil.copytree(three / "10", directory / ".20.old")
+    with Checkpoints(directory, keep=5) as checkpoints:
+        checkpoints.save(40, weights(40.0))
+    assert steps(directory) == ["10", "20", "30", "40"]

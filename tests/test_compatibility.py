@@ -1,6 +1,7 @@
 """One and the same call of `sparsify` inside other libraries, wrappers and meshes."""
 
 import functools
+import pickle
 from collections.abc import Callable
 
 import equinox as eqx
@@ -8,12 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx, serialization
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import d2sparse
-from d2sparse import distributions, every, get_masks, set_masks, sparsify, tree
+from d2sparse import (
+    distributions,
+    every,
+    get_average,
+    get_masks,
+    set_masks,
+    sparsify,
+    tree,
+)
 from d2sparse.masks import apply_masks, is_gap
 
 SPARSE = sparsify(optax.adamw(1e-2), d2sparse.rigl(sparsity=0.8), when=every(2))
@@ -346,6 +357,164 @@ def test_hyperparameters_of_inner_optimiser_and_rule_are_injected():
         assert_sparse(params, get_masks(state))
     assert_same(params, last)
     assert not is_same(alone, alone_last)
+
+
+# Tools that save, cast and shard states.
+
+
+def with_flax_bytes(state, directory):
+    return serialization.from_bytes(state, serialization.to_bytes(state))
+
+
+def with_flax_dicts(state, directory):
+    return serialization.from_state_dict(state, serialization.to_state_dict(state))
+
+
+def with_numpy(state, directory):
+    leaves, structure = jax.tree.flatten(state)
+    np.savez(directory / "state.npz", *leaves)
+    with np.load(directory / "state.npz") as saved:
+        return jax.tree.unflatten(structure, [saved[name] for name in saved.files])
+
+
+def with_equinox(state, directory):
+    eqx.tree_serialise_leaves(directory / "state.eqx", state)
+    return eqx.tree_deserialise_leaves(directory / "state.eqx", state)
+
+
+def with_orbax(state, directory):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory / "state", state)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(directory / "state", state)
+
+
+def with_pickle(state, directory):
+    return pickle.loads(pickle.dumps(state))
+
+
+TOOLS = [with_flax_bytes, with_flax_dicts, with_numpy]
+TOOLS += [with_equinox, with_orbax, with_pickle]
+
+
+@functools.cache
+def trained_state():
+    """An optimiser with masks, frozen weights and an average, in the middle."""
+    frozen = d2sparse.freeze(optax.sgd(0.1), d2sparse.static(0.5))
+    tx = d2sparse.average_weights(
+        optax.partition(
+            {"sparse": SPARSE, "frozen": frozen}, {"body": "sparse", "head": "frozen"}
+        )
+    )
+    params, state = normals(0, LAYERS), tx.init(normals(0, LAYERS))
+    for seed in range(3):
+        params, state = step(tx, params, state, gradients(seed))
+    return tx, params, state
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("tool", TOOLS)
+def test_states_are_saved_and_restored_by_the_tools_that_users_have(tool, tmp_path):
+    tx, params, state = trained_state()
+    restored = tool(state, tmp_path)
+    assert_same(restored, state)
+    kinds = [[x.dtype for x in jax.tree.leaves(s)] for s in (restored, state)]
+    assert kinds[0] == kinds[1]
+    restored = jax.tree.map(jnp.asarray, restored)
+    after = step(tx, params, state, gradients(3))
+    assert_same(step(tx, params, restored, gradients(3)), after)
+
+
+def test_states_go_through_the_arithmetic_of_optax():
+    _, _, state = trained_state()
+    zeros = optax.tree.zeros_like(state)
+    assert_same(optax.tree.add(state, zeros), state)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(zeros))
+    doubled = optax.tree.scale(2, state)
+    assert_same(get_average(doubled), optax.tree.scale(2, get_average(state)))
+    assert_same(get_masks(optax.tree.cast(state, jnp.float32)), get_masks(state))
+    moments = state.inner.inner_states["sparse"].inner_state.inner
+    assert optax.tree.norm(moments) > 0
+
+
+def make_branches(rate=0.1):
+    return optax.partition(
+        {
+            "sparse": sparsify(optax.adam(rate), d2sparse.rigl(0.5)),
+            "rest": optax.sgd(1),
+        },
+        {"body": "sparse", "head": "rest"},
+    )
+
+
+NESTS = {
+    "sparsify": lambda: SPARSE,
+    "freeze": lambda: d2sparse.freeze(optax.adam(0.1), d2sparse.static(0.5)),
+    "average": lambda: d2sparse.average_weights(SPARSE),
+    "movement": lambda: sparsify(optax.adam(0.1), d2sparse.movement(every(1))),
+    "chain": lambda: optax.chain(optax.clip(1.0), SPARSE),
+    "multi_steps": lambda: optax.MultiSteps(SPARSE, 2),
+    "partition": make_branches,
+    "inject": lambda: optax.inject_hyperparams(make_branches)(rate=0.1),
+}
+
+
+@pytest.mark.parametrize("name", NESTS)
+def test_states_are_mapped_and_made_abstract_by_the_tools_of_optax(name):
+    tx, params = NESTS[name](), normals(0, LAYERS)
+    state = tx.init(params)
+    assert_same(optax.tree.map_params(tx, lambda x: x, state), state)
+    # Everything that is shaped like the parameters is found, the masks among it.
+    marked = optax.tree.map_params(
+        *(tx, lambda x: "param", state), transform_non_params=lambda _: "other"
+    )
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+    for leaf, mark in zip(
+        jax.tree.leaves(state), flat_like(marked, state), strict=True
+    ):
+        assert (mark == "param") == (leaf.shape in shapes and leaf.shape != ())
+    abstract = jax.eval_shape(tx.init, params)
+    assert jax.tree.map(jax.typeof, abstract) == jax.tree.map(jax.typeof, state)
+    if name in ("sparsify", "freeze", "average"):
+        assert tx.init(jax.eval_shape(lambda: params)) == abstract
+
+
+def flat_like(prefix, full):
+    """The leaves of a prefix of a tree, each as often as the tree has leaves there."""
+    spread = jax.tree.map(
+        lambda mark, part: jax.tree.map(lambda _: mark, part), *(prefix, full)
+    )
+    return jax.tree.leaves(spread)
+
+
+def test_states_are_cast_and_sharded_by_the_tools_of_optax():
+    tx, params = d2sparse.average_weights(SPARSE), normals(0, LAYERS)
+    state = tx.init(params)
+
+    def cast(leaf):
+        return leaf if leaf.dtype == bool else leaf.astype(jnp.bfloat16)
+
+    half = optax.tree.map_params(tx, cast, state)
+    assert half.inner.inner[0].mu["head"]["kernel"].dtype == jnp.bfloat16
+    step(tx, params, half, gradients(0))
+
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    over = jax.tree.map(lambda w: NamedSharding(mesh, P("x")), params)
+    placed = optax.tree.map_params(
+        tx,
+        jax.device_put,
+        state,
+        over,
+        transform_non_params=lambda x: jax.device_put(x, NamedSharding(mesh, P())),
+    )
+    assert_same(placed, state)
+    for kept in (get_masks(placed), placed.inner.inner[0].nu, placed.average):
+        assert all(len(leaf.sharding.device_set) == 2 for leaf in jax.tree.leaves(kept))
+    expected = step(tx, params, state, gradients(0))
+    assert_same(
+        get_masks(step(tx, params, placed, gradients(0))[1]), get_masks(expected[1])
+    )
 
 
 # Many devices.

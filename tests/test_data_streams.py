@@ -34,7 +34,65 @@ def test_every_example_is_in_one_place(megabatches, permuted, stratified):
 
 def test_without_a_permutation_the_order_is_that_of_the_data():
     stream = cut_stream(LABELS, 4, seed=0, validation_fraction=0.1, permuted=False)
-    np.testing.assert_array_equal(everything(stream), np.arange(len(LABELS)))
+    pieces = np.array_split(np.arange(len(LABELS)), 4)
+    for own, piece in zip(stream, pieces, strict=True):
+        np.testing.assert_array_equal(np.sort(np.concatenate(own)), piece)
+        for part in own:
+            np.testing.assert_array_equal(part, np.sort(part))
+
+
+ORDERS = {"drawn": LABELS, "by class": np.sort(LABELS), "in turn": np.arange(115) % 5}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.75])
+def test_a_stratified_stream_holds_out_a_share_of_every_class(
+    order, permuted, fraction
+):
+    labels = ORDERS[order]
+    for own in cut_stream(labels, 4, 3, fraction, stratified=True, permuted=permuted):
+        train, held_out = (np.bincount(labels[part], minlength=5) for part in own)
+        size = len(own.train) + len(own.validation)
+        assert held_out.sum() == int(fraction * size)
+        share = (train + held_out) * held_out.sum() / size
+        assert (abs(held_out - share) < 1).all()
+        assert (train > 0).all()
+    for own in cut_stream(labels, 4, 3, 0.0, stratified=True, permuted=False):
+        first = labels[own.train[:20]].reshape(4, 5)
+        np.testing.assert_array_equal(first, np.tile(np.arange(5), (4, 1)))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("stratified", [False, True])
+def test_every_class_is_trained_on(order, permuted, stratified):
+    labels = ORDERS[order]
+    for seed in range(20):
+        stream = cut_stream(labels, 1, seed, 0.2, stratified, permuted)
+        assert set(labels[stream[0].train]) == set(range(5))
+        held_out = len(set(labels[stream[0].validation]))
+        assert held_out == 5 if stratified else held_out >= 3
+
+
+def test_what_is_held_out_of_an_ordered_stream_is_drawn():
+    labels = np.sort(LABELS)
+    counts = np.zeros(len(labels))
+    for seed in range(400):
+        counts[cut_stream(labels, 3, seed, 0.25, permuted=False)[1].validation] += 1
+    piece, expected = np.array_split(np.arange(115), 3)[1], 400 * 9 / 38
+    assert abs(counts[piece] - expected).max() < 4.5 * np.sqrt(expected)
+
+
+def test_the_only_example_of_a_class_is_trained_on():
+    labels = np.array([0] * 10 + [1, 2])
+    held_out = set()
+    for seed in range(30):
+        (own,) = cut_stream(labels, 1, seed, 0.5)
+        assert {1, 2} <= set(labels[own.train])
+        assert 4 <= len(own.validation) <= 6
+        held_out |= set(own.validation)
+    assert held_out == set(range(10))
 
 
 def test_a_stratified_stream_has_every_class_in_every_megabatch():

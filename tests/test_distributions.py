@@ -116,9 +116,16 @@ def test_totals_are_exact_and_each_leaf_is_within_one_of_its_share(
         assert list(counts) == list(shapes)
         assert sum(counts.values()) == total
         density = expected_densities(distribution, shapes, 1 - total / n)
+        shares = {path: density[path] * size for path, size in sizes(shapes).items()}
+        # The largest leaf gives what leaves need whose share rounds to nothing.
+        lifted = sum(counts[path] == 1 and share < 1 for path, share in shares.items())
+        largest = max(shares, key=shares.get)
         for path, size in sizes(shapes).items():
             assert 0 <= counts[path] <= size
-            assert abs(counts[path] - density[path] * size) < 1 + 1e-6
+            given = lifted if shares[path] > shares[largest] - 1 else 0
+            assert abs(counts[path] - shares[path]) < 1 + given + 1e-6
+        if total >= len(shapes):
+            assert min(counts.values()) >= 1
 
 
 @functools.cache
@@ -434,3 +441,23 @@ def test_a_table_that_does_not_fit_is_refused():
         explicit({"head": 0.5}, rest=global_)(CONVNET, 0.5)
     with pytest.raises(ValueError, match=r"expected a sparsity in \[0, 1\), .* got"):
         explicit({"head": 0.5})(CONVNET, 1.0)
+
+
+def test_heads_and_features_of_attention_are_one_axis():
+    heads = {"query": (32, 4, 8), "key": (32, 4, 8), "value": (32, 4, 8)}
+    heads = {f"a/{name}/kernel": shape for name, shape in heads.items()}
+    shapes = {**heads, "a/out/kernel": (4, 8, 32), "mlp": (32, 64)}
+    flat = dict.fromkeys(shapes, (32, 32)) | {"mlp": (32, 64)}
+    for distribution in (er, erk):
+        assert distribution(shapes, 0.8) == distribution(flat, 0.8)
+    # A convolution over one axis has three axes too.
+    assert erk({"out": (4, 8, 32), "b": (64, 64)}, 0.8) != erk(
+        {"out": (32, 32), "b": (64, 64)}, 0.8
+    )
+
+
+def test_erdos_renyi_knows_the_layout_of_equinox():
+    ours, theirs = {"conv/kernel": (3, 3, 8, 16)}, {"conv/weight": (16, 8, 3, 3)}
+    dense = {"head": (16, 64)}
+    expected = [int(n) for n in er({**ours, **dense}, 0.8).values()]
+    assert [int(n) for n in er({**theirs, **dense}, 0.8).values()] == expected

@@ -12,13 +12,13 @@ import scipy.special
 
 from d2sparse import distributions, dual, train
 from d2sparse.data import Split
-from d2sparse.dual import Consolidation, Coupling, Dual, Trace
+from d2sparse.dual import Consolidation, Coupling, Dual, Trace, consolidation
 from d2sparse.masks import apply_masks, dense_masks
 from d2sparse.models import Model
 from d2sparse.rules import MaskRule, static
 from d2sparse.schedules import at, cosine, every, refresh_interval
 from d2sparse.transforms import get_masks, sparsify
-from d2sparse.tree import flatten
+from d2sparse.tree import flatten, is_kernel
 
 SIZE, BATCH, CLASSES = 24, 8, 5
 # A prime stop: no drop is a whole number of weights, whose floor rounding decides.
@@ -701,6 +701,36 @@ def test_the_running_average_begins_as_a_plain_mean():
         np.testing.assert_allclose(trace.average["kernel"], mean, atol=1e-6)
         np.testing.assert_allclose(slow["kernel"][:2], mean[:2], atol=1e-6)
         assert not np.any(slow["kernel"][2:])
+
+
+def half(params):
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+
+
+def test_the_running_average_of_bfloat16_keeps_moving():
+    # 1 + (1 - 0.995) is 1 in bfloat16.
+    ones = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}
+    how = Consolidation(0.75, 0.995, every(3))
+    trace, slow = consolidation.begin_trace(half(ones), how, is_kernel)
+    twos = half(jax.tree.map(lambda x: 2 * x, ones))
+    masks, exact = dense_masks(ones), np.float64(1.0)
+    for step in range(500, 800):
+        slow, trace = consolidate(trace, twos, masks, step, 0.995)
+        exact = 0.995 * exact + 0.005 * 2
+    assert trace.average["bias"].dtype == jnp.float32
+    np.testing.assert_allclose(trace.average["bias"], exact, rtol=1e-5)
+    assert slow["bias"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float64(slow["bias"]), exact, rtol=2**-8)
+
+
+def test_merging_bfloat16_rounds_once():
+    params, masks = zip(*(random_params(seed) for seed in (0, 1)), strict=True)
+    given = Dual(*map(half, params))
+    merged, live = dual.merge(given, Dual(*masks), 0.3)
+    wide = Dual(*(jax.tree.map(jnp.float32, own) for own in given))
+    expected, expected_live = dual.merge(wide, Dual(*masks), 0.3)
+    jax.tree.map(np.testing.assert_array_equal, live, expected_live)
+    jax.tree.map(np.testing.assert_array_equal, merged, half(expected))
 
 
 def test_stored_numbers_by_hand(trained, consolidated):

@@ -9,7 +9,7 @@ import optax
 import pytest
 import scipy.special
 
-from d2sparse import dual, rules, train
+from d2sparse import distributions, dual, masks, models, rules, train
 from d2sparse.data import Split
 from d2sparse.dual import Coupling, Dual
 from d2sparse.models import lenet_300_100
@@ -236,3 +236,98 @@ def test_merging_a_network_with_itself_changes_nothing():
 def test_a_share_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"share in \[0, 1\], got 1\.5"):
         dual.merge(*random_pair(), share=1.5)
+
+
+# What counts of a pair that averages
+
+
+def _normalized_pair(data):
+    """A pair with normalisations after some steps, and its averages."""
+    model = models.make_model("convnet_s", CLASSES, width=2)
+    both, tx, coupling = (
+        Dual(model, model),
+        descent(average_weights),
+        Coupling(masks=0.0),
+    )
+    state = dual.init_pair(both, tx, data, jax.random.key(0), coupling)
+    step = jax.jit(dual.make_dual_step(both, tx, coupling))
+    for _ in range(3):
+        state, _ = step(state, data, jnp.arange(SIZE))
+    return model, state
+
+
+def test_a_pair_that_averages_predicts_with_its_averages(data):
+    tx, coupling = descent(average_weights), Coupling(masks=0.0)
+    state = dual.init_pair(MODELS, tx, data, jax.random.key(0), coupling)
+    step = jax.jit(dual.make_dual_step(MODELS, tx, coupling))
+    for _ in range(3):
+        state, _ = step(state, data, jnp.arange(SIZE))
+    predict = Dual(*map(train.make_predict, MODELS))
+    outputs = dual.pair_predictions(predict, state, data)
+    settled = dual.settle_pair(state)
+    for learner, name in enumerate(Dual._fields):
+        average = get_average(state.opt_state[learner])
+        expected = predict[learner](average, {}, data)
+        np.testing.assert_allclose(outputs[name], expected, rtol=1e-6)
+        last = predict[learner](state.params[learner], {}, data)
+        assert np.abs(last - expected).max() > 1e-4
+        for one, other in zip(
+            *map(jax.tree.leaves, (settled.params[learner], average)), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_averages_with_the_statistics_of_other_weights_do_not_predict(data):
+    model, state = _normalized_pair(data)
+    predict = Dual(*[train.make_predict(model)] * 2)
+    with pytest.raises(ValueError, match=r"statistics of the averages.*settle_pair"):
+        dual.pair_predictions(predict, state, data)
+    statistics = Dual(*[train.make_statistics(model, batch_size=SIZE)] * 2)
+    settled = dual.settle_pair(state, data, statistics)
+    outputs = dual.pair_predictions(predict, settled, data)
+    average = get_average(state.opt_state.slow)
+    own = statistics.slow(average, state.model_state.slow, data, state.key)
+    expected = predict.slow(average, own, data)
+    np.testing.assert_allclose(outputs["slow"], expected, rtol=1e-5)
+
+
+# Other rules, patterns and parts
+
+
+@pytest.mark.parametrize("mode", ["trained", "consolidated"])
+@pytest.mark.parametrize("rule", [rules.rigl, rules.set_])
+def test_the_masks_of_a_pair_have_the_pattern_that_is_asked_for(data, rule, mode):
+    def prunable(path, leaf):
+        del leaf
+        return path == "dense1/kernel"
+
+    plans = dual.make_plans("constant", 0.05, 8, 2)
+    selection, coupling = masks.n_of_m(2), Coupling()
+    tx = dual.make_transforms(
+        plans,
+        Dual(0.5, 0.5),
+        functools.partial(train.make_optimizer, "sgd"),
+        mode,
+        horizon=4,
+        rule=rule,
+        distribution=distributions.uniform,
+        selection=selection,
+        prunable=prunable,
+    )
+    state = dual.init_pair(
+        MODELS, tx, data, jax.random.key(0), coupling, prunable, selection=selection
+    )
+    step = jax.jit(dual.make_dual_step(MODELS, tx, coupling, prunable=prunable))
+    first = dual.get_pair_masks(state)
+    for _ in range(4):
+        state, _ = step(state, data, jnp.arange(SIZE))
+    last = dual.get_pair_masks(state)
+    for pair in (first, last):
+        for own in pair:
+            assert own["head"]["kernel"].all()
+            groups = own["dense1"]["kernel"].reshape(32, 2, -1).sum(axis=1)
+            np.testing.assert_array_equal(groups, 1)
+    if mode == "trained":  # Complementary at the start.
+        assert not (
+            first.fast["dense1"]["kernel"] & first.slow["dense1"]["kernel"]
+        ).any()

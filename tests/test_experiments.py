@@ -286,6 +286,7 @@ def test_a_consolidating_pair_of_two_paces_is_judged_without_the_test_set(
         TINY,
         methods=("d2_sparse",),
         seeds=1,
+        imp_rounds=Config.imp_rounds,
         mode="consolidated",
         preset="fast_slow",
         validation_fraction=0.3,
@@ -429,6 +430,7 @@ def test_mnist_works_the_same_way(tmp_path):
         data_dir=str(TFDS),
         methods=("rigl", "d2_sparse"),
         seeds=1,
+        imp_rounds=Config.imp_rounds,
         workdir=str(tmp_path / "run"),
     )
     rigl, pair = d2_sparse.run(config)["methods"]

@@ -8,6 +8,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
+    "checks": -1,  # Below all others.
+    "disk": 0,
+    "schema": 0,
     "tree": 0,
     "masks": 1,
     "scores": 1,

@@ -88,7 +88,7 @@ def nan_at(path, values):
 @pytest.mark.parametrize("where", ["weights", "gradients", "growth gradients"])
 def test_nan_at_a_refresh_is_noted_by_compiled_steps_and_names_the_leaf(where):
     tx = sparsify(optax.sgd(0.1), rules.rigl(0.5), every(1))
-    params = normals(0)
+    params = apply_masks(normals(0), get_masks(tx.init(normals(0))))
     broken = nan_at("head/kernel", params)
     growth = broken if where == "growth gradients" else params
 
@@ -145,6 +145,7 @@ def test_a_refresh_may_be_traced_outside_of_compiled_functions(name):
     }[name]
     tx, params = sparsify(optax.sgd(0.1), rule, every(1)), normals(0)
     state = tx.init(params)
+    params = apply_masks(params, get_masks(state))
     for _ in range(2):
         _, state = tx.update(normals(1), state, params)
     live = sum(

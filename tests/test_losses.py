@@ -162,9 +162,38 @@ def test_feature_agreement_does_not_overflow_in_half_precision(scale):
     features = jnp.array([[scale, -scale, scale, scale]], jnp.float16)
     peers = jnp.ones((1, 4), jnp.float16)
     loss, (gradient, _) = value_and_gradients(losses.feature_agreement, features, peers)
-    assert loss.dtype == jnp.float16
-    np.testing.assert_allclose(loss, 2 - 2 * 0.5, rtol=1e-2)
+    assert loss.dtype == jnp.float32
+    assert gradient.dtype == jnp.float16
+    np.testing.assert_allclose(loss, 2 - 2 * 0.5, rtol=1e-3)
     assert np.isfinite(gradient).all()
+
+
+PAIRS = [
+    losses.distillation,
+    losses.logit_agreement,
+    losses.feature_agreement,
+    losses.jensen_shannon,
+]
+
+
+def of_one(loss):
+    labels = jnp.arange(4) % 3
+    if loss is losses.cross_entropy:
+        return lambda a, b: loss(a, labels, 0.1)
+    return (lambda a, b: loss(a)) if loss is losses.confidence else loss
+
+
+@pytest.mark.parametrize("loss", [*PAIRS, losses.cross_entropy, losses.confidence])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sums_over_many_classes_are_those_of_float32(loss, dtype):
+    # In half precision a sum over 1000 classes and its logarithm have three digits.
+    rng = np.random.default_rng(0)
+    given = [jnp.asarray(rng.normal(size=(4, 1000)), dtype) for _ in range(2)]
+    found = of_one(loss)(*given)
+    wide = of_one(loss)(*(x.astype(jnp.float32) for x in given))
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, wide)
+    assert jnp.mean(found).dtype == jnp.float32
 
 
 def test_jensen_shannon_is_the_squared_distance_of_scipy():

@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from d2sparse import scores, train
@@ -21,7 +22,7 @@ from d2sparse.models import Model
 from d2sparse.rules import fixed
 from d2sparse.schedules import at
 from d2sparse.train import TrainState
-from d2sparse.transforms import freeze, get_masks, sparsify
+from d2sparse.transforms import average_weights, freeze, get_masks, sparsify
 
 SPARSITIES = (0.5, 0.75, 0.9)
 KERNELS = ("first", "head")
@@ -382,3 +383,20 @@ def test_an_unknown_rewinding_is_refused(dense_run):
     first, fit, _ = dense_run
     with pytest.raises(ValueError, match="'weights' or 'learning_rate', got 'both'"):
         find_ticket(fit, copy(first), 5, 2, [0.5], rewinding="both")
+
+
+def test_a_round_prunes_by_the_average_of_the_weights_where_one_is_kept():
+    first = {"kernel": jnp.ones((2, 2))}
+    last, average = ({"kernel": jnp.array([row, [3, 2.0]])} for row in ([9, 1], [1, 8]))
+    inner = sparsify(optax.sgd(0.1), fixed(dense_masks(first)))
+    tx = average_weights(inner)
+    step, key = jnp.zeros((), jnp.int32), jax.random.key(0)
+    state = TrainState(step, first, {}, tx.init(first), key, NO_FAULTS, {})
+
+    def fit(state, stop):
+        opt_state = state.opt_state._replace(average=average)
+        return state._replace(step=jnp.int32(stop), params=last, opt_state=opt_state)
+
+    end = find_ticket(fit, state, 2, 0, [0.75])
+    live = get_masks(end.opt_state)["kernel"]
+    assert live.tolist() == [[False, True], [False, False]]

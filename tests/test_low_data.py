@@ -476,10 +476,20 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_of_something_else_is_no_choice(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"riggl": {}}', "method of .* got 'riggl'"),
+        ("[]", "not an object"),
+        ('{"rigl": {"5": {"learning_rate": "high"}}}', "learning_rate is 'high', not"),
+        ('{"rigl": {"5": {"rate": 0.1}}}', "flag of .* got 'rate'"),
+        ('{"rigl": {"five": {}}}', "values for 'five', not a number"),
+    ],
+)
+def test_a_file_of_something_else_is_no_choice(text, said, tmp_path):
     other = tmp_path / "other.json"
-    other.write_text('{"riggl": {}}')
-    with pytest.raises(ValueError, match="expected values by method in"):
+    other.write_text(text)
+    with pytest.raises(ValueError, match=f"file of chosen values.*{said}"):
         low_data.run(dataclasses.replace(TINY, tuned=str(other)))
 
 

@@ -77,6 +77,147 @@ def test_convolutions(kernel, stride, padding, groups, dilation, layout):
     assert macs_lib.forward_macs(conv, {"kernel": weights}, x) == {"kernel": expected}
 
 
+def literal_macs(x, kernel, out, strides, padding, spread, dilation, features, batches):
+    """Multiplications of a convolution (NHWC, HWIO), counted one by one.
+
+    An element that is no inserted zero counts, in the data or where they would go on.
+    """
+    macs = 0
+    for n, row, column, o in np.ndindex(*out):
+        for tap in np.ndindex(*kernel[:3]):
+            at = [
+                place * strides[i] + tap[i] * dilation[i] - padding[i][0]
+                for i, place in enumerate((row, column))
+            ]
+            channel = tap[2] + o // (kernel[3] // features) * kernel[2]
+            example = n + o // (kernel[3] // batches) * out[0] if batches > 1 else n
+            assert 0 <= channel < x[3]
+            assert 0 <= example < x[0]
+            macs += all(a % d == 0 for a, d in zip(at, spread, strict=True))
+    return macs
+
+
+@pytest.mark.parametrize(
+    ("strides", "padding", "spread", "dilation", "features", "batches"),
+    [
+        ((1, 1), ((2, 1), (2, 2)), (2, 3), (1, 1), 1, 1),
+        ((2, 1), ((3, 2), (0, 4)), (3, 2), (2, 3), 1, 1),
+        ((3, 2), ((-1, 2), (5, -2)), (2, 4), (1, 2), 1, 1),
+        ((1, 2), ((1, 1), (0, 0)), (2, 1), (2, 1), 2, 1),
+        ((1, 1), ((2, 2), (1, 1)), (2, 2), (1, 1), 4, 1),
+        ((1, 1), ((1, 0), (0, 1)), (1, 2), (1, 1), 1, 3),
+    ],
+)
+def test_dilated_transposed_and_grouped_convolutions(
+    strides, padding, spread, dilation, features, batches
+):
+    x, kernel = (3, 4, 5, 4), (3, 2, 4 // features, 12)
+
+    def conv(w, x):
+        return lax.conv_general_dilated(
+            x,
+            w,
+            strides,
+            padding,
+            spread,
+            dilation,
+            ("NHWC", "HWIO", "NHWC"),
+            feature_group_count=features,
+            batch_group_count=batches,
+        )
+
+    out = jax.eval_shape(conv, struct(*kernel), struct(*x)).shape
+    counted = literal_macs(
+        x, kernel, out, strides, padding, spread, dilation, features, batches
+    )
+    total = macs_lib.forward_macs(lambda w, x: conv(w, x[0]), struct(*kernel), one(*x))
+    assert total == {"": counted}
+
+
+def one(*shape):
+    """A batch of one example, which is a batch itself."""
+    return struct(1, *shape)
+
+
+def test_a_transposed_convolution_costs_its_kernel_at_every_input():
+    def up(w, x):
+        return lax.conv_transpose(x, w, (2, 2), "SAME")
+
+    # As many as the convolution the other way, whose gradient it is.
+    def down(w, x):
+        return lax.conv_general_dilated(
+            x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    cost = 8 * 8 * 3 * 3 * 4 * 6
+    kernel = struct(3, 3, 4, 6)
+    assert macs_lib.forward_macs(up, kernel, struct(5, 8, 8, 4)) == {"": cost}
+    assert macs_lib.forward_macs(down, kernel, struct(5, 16, 16, 4)) == {"": cost}
+
+
+@pytest.mark.parametrize("share_kernel", [True, False])
+def test_a_mapped_convolution_is_many_convolutions(share_kernel):
+    def conv(w, x):
+        return lax.conv_general_dilated(
+            x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def many(w, x):
+        y = jax.vmap(conv, (None if share_kernel else 0, 0))(w, x.swapaxes(0, 1))
+        return y.swapaxes(0, 1)
+
+    kernel = (3, 3, 4, 6) if share_kernel else (2, 3, 3, 4, 6)
+    found = macs_lib.forward_macs(many, struct(*kernel), struct(5, 2, 8, 8, 4))
+    assert found == {"": 2 * 6 * 6 * 9 * 4 * 6}
+
+
+def test_in_a_ragged_product_a_row_meets_one_matrix():
+    sizes = jnp.array([3, 0, 9], jnp.int32)
+
+    def experts(w, x):
+        return lax.ragged_dot(x, w, sizes)
+
+    def mapped(w, x):
+        rows = jnp.stack([sizes, sizes])
+        return jax.vmap(lax.ragged_dot)(x, jnp.stack([w, w]), rows)
+
+    kernels = struct(3, 8, 5)
+    assert macs_lib.forward_macs(experts, kernels, struct(12, 8)) == {"": 8 * 5}
+    found = macs_lib.forward_macs(mapped, kernels, struct(2, 12, 8))
+    assert found == {"": 12 * 8 * 5}
+
+
+def test_a_ragged_sum_is_shared_out():
+    numbers = lax.RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], [])
+    sizes = jnp.array([3, 0, 9], jnp.int32)
+
+    def sums(w, x):
+        return lax.ragged_dot_general(x[0], w, sizes, numbers)
+
+    found = macs_lib.forward_macs(sums, struct(12, 5), one(12, 8))
+    assert found == {"": 12 * 8 * 5}
+
+
+def test_products_with_batch_axes():
+    def heads(w, x):
+        return jnp.einsum("bthi,hij->bthj", x, w)
+
+    found = macs_lib.forward_macs(heads, struct(3, 4, 7), struct(2, 6, 3, 4))
+    assert found == {"": 6 * 3 * 4 * 7}
+
+
+def test_what_a_batch_shares_has_no_cost_per_example():
+    def pooled(w, x):
+        return x.mean(0, keepdims=True) @ w
+
+    assert macs_lib.forward_macs(pooled, struct(8, 3), struct(1, 8)) == {"": 24}
+    with pytest.raises(ValueError, match="every one of 5 examples, got 24 multiply"):
+        macs_lib.forward_macs(pooled, struct(8, 3), struct(5, 8))
+    for shape in ((), (0, 8)):
+        with pytest.raises(ValueError, match="batch of at least one example, got"):
+            macs_lib.forward_macs(lambda w, x: x, struct(8, 3), struct(*shape))
+
+
 def bare(w, x):
     return x @ w["w"]
 
@@ -131,10 +272,25 @@ def used_in_a_branch_free_of_products(w, x):
     return x @ kernel
 
 
+def behind_a_barrier(w, x):
+    return bare(*lax.optimization_barrier((w, x)))
+
+
+def kept_through_a_branch(w, x):
+    return bare(*lax.cond(jnp.sum(x) > 0, lambda *own: own, lambda w, x: (w, -x), w, x))
+
+
+def the_same_in_both_branches(w, x):
+    return lax.cond(jnp.sum(x) > 0, bare, lambda w, x: -bare(w, x), w, x)
+
+
 @pytest.mark.parametrize(
     "apply_fn",
     [
         bare,
+        behind_a_barrier,
+        kept_through_a_branch,
+        the_same_in_both_branches,
         casted,
         reshaped,
         from_the_left,

@@ -283,6 +283,61 @@ def test_counts_beyond_the_integers_of_float32():
     np.testing.assert_allclose(metrics.chance_overlap(masks, everything), 1, rtol=2e-7)
 
 
+def test_sums_over_many_examples_of_one_bin():
+    # Added one by one in float32 they are off in the fourth digit here, and what comes
+    # after 2**24 of them is lost.
+    rows = 1 << 20
+    confidence = np.full(rows, 0.9, np.float32)
+    confidence[:2048] = 0.7
+    labels = np.zeros(rows, np.int32)
+    labels[::16] = 1
+    probabilities = np.stack([confidence, 1 - confidence], axis=1)
+    right, p = labels == 0, probabilities.astype(np.float64)
+    confidence = p[:, 0]
+    of_label = np.where(right, confidence, p[:, 1])
+    low = confidence < 0.8
+    gaps = [abs((right[own] - confidence[own]).sum()) for own in (low, ~low)]
+    expected = {
+        "accuracy": right.mean(),
+        "nll": -np.log(of_label).mean(),
+        "brier": 2 * ((1 - of_label) ** 2).mean(),
+        "ece": sum(gaps) / rows,
+    }
+
+    @jax.jit
+    def measure(*given):
+        found = {name: getattr(metrics, name)(*given) for name in expected}
+        return found, metrics.calibration(*given)
+
+    found, bins = measure(probabilities, labels)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-6, err_msg=name)
+    for number, own in ((10, low), (13, ~low)):
+        assert bins["count"][number] == own.sum()
+        assert bins["correct"][number] == right[own].sum()
+        total = confidence[own].sum()
+        np.testing.assert_allclose(bins["confidence"][number], total, rtol=2e-6)
+    assert bins["count"].dtype == bins["correct"].dtype == jnp.int32
+
+
+def test_trees_with_more_weights_than_int32_can_count(monkeypatch):
+    huge = jax.ShapeDtypeStruct((1 << 15, 1 << 15), bool)
+    masks = {name: {"kernel": huge} for name in "abc"}
+    counts = {f"{name}/kernel": jnp.int32((1 << 30) - 5) for name in "abc"}
+    monkeypatch.setattr(masks_lib.algebra, "count", lambda *_: counts)
+    total = masks_lib.count_all(masks)
+    np.testing.assert_allclose(total, 3 * (2.0**30 - 5), rtol=1e-7)
+    np.testing.assert_allclose(masks_lib.density(masks), 1 - 5 / 2**30, rtol=1e-7)
+    del masks["c"]
+    counts.popitem()
+    total = masks_lib.count_all(masks)
+    assert total.dtype == jnp.float32
+    del masks["b"]
+    counts.popitem()
+    assert masks_lib.count_all(masks).dtype == jnp.int32
+    assert masks_lib.count_all(masks) == (1 << 30) - 5
+
+
 def test_calibration_is_the_sums_over_the_bins_of_the_error():
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet(np.ones(3), size=400).astype(np.float32)

@@ -59,7 +59,17 @@ def mean_score(entries):
 
 
 def half_up(count, step):
-    return int((2 * int(count) + step) // (2 * step))
+    """The nearest number of steps, but none only where none is asked for."""
+    return max(int((2 * int(count) + step) // (2 * step)), int(count > 0))
+
+
+def lift_the_best(values, paths):
+    """Values in which the best group of every leaf stands before all others."""
+    values = values.copy()
+    for path in set(paths):
+        own = [g for g in order_of(values) if paths[g] == path]
+        values[own[:1]] = np.inf
+    return values
 
 
 def expected_whole(groups_of, scores, counts):
@@ -73,13 +83,17 @@ def expected_whole(groups_of, scores, counts):
             path: half_up(counts[path], scores[path][groups_of(x.shape)[0]].size)
             for path, x in scores.items()
         }
-    spent = 0
+    else:
+        values = lift_the_best(values, [path for path, _ in groups])
+    spent, begun = 0, set()
     for g in order_of(values):
         path, i = groups[g]
         if isinstance(counts, dict):
             chosen, left[path] = left[path] > 0, left[path] - 1
         else:
-            chosen, spent = spent < counts, spent + sizes[g]
+            chosen = counts and (spent < counts or path not in begun)
+            spent += sizes[g]
+            begun.add(path)
         kept[path][i] = chosen
     return {path: kept[path] & (score > -np.inf) for path, score in scores.items()}
 
@@ -89,7 +103,9 @@ def expected_n_of_m(m, axis, scores, counts):
         flat = np.concatenate([score.ravel() for score in scores.values()])
         top = np.isin(np.arange(flat.size), order_of(flat)[:counts])
         parts = np.split(top, np.cumsum([score.size for score in scores.values()]))
-        counts = {p: part.sum() for p, part in zip(scores, parts, strict=False)}
+        counts = {
+            p: max(x.sum(), counts > 0) for p, x in zip(scores, parts, strict=False)
+        }
     kept = {path: np.zeros(score.shape, bool) for path, score in scores.items()}
     for path, score in scores.items():
         n = half_up(counts[path], score.size // m)
@@ -166,7 +182,7 @@ def test_patterns_outside_of_a_compiled_function():
     rng = np.random.default_rng(1)
     scores = {path: draw(rng, "ties", shape) for path, shape in SHAPES.items()}
     selection, expected = PATTERNS["n of 2 outputs"]
-    for given in (uniform(SHAPES, 0.4), 190, np.int64(30)):
+    for given in (uniform(SHAPES, 0.4), 250, np.int64(220)):
         kept = selection(scores, given)
         for path, mask in expected(scores, given).items():
             np.testing.assert_array_equal(kept[path], mask)
@@ -192,10 +208,12 @@ def test_divisible_counts_are_exact():
 def test_counts_are_rounded_half_up_to_whole_groups():
     scores = {"w": np.arange(32, dtype=np.float32).reshape(8, 4)}
     for count, blocks_kept in [(0, 0), (3, 0), (4, 1), (11, 1), (12, 2), (32, 4)]:
-        kept = blocks((2, 4))(scores, {"w": jnp.int32(count)}, None)
-        assert kept["w"].sum() == 8 * blocks_kept
-        kept = n_of_m(4)(scores, {"w": jnp.int32(count)}, None)
-        assert kept["w"].sum() == 8 * blocks_kept
+        for pattern in (blocks((2, 4)), n_of_m(4)):
+            kept = pattern.choose(scores, {"w": jnp.int32(count)}, None)
+            assert kept["w"].sum() == 8 * blocks_kept
+            # As a selection, it never rounds to nothing what it cannot look at.
+            kept = jax.jit(lambda n, f=pattern: f(scores, {"w": n}))(count)
+            assert kept["w"].sum() == 8 * max(blocks_kept, count > 0)
     # Rounding must not overflow where a leaf has nearly 2**31 weights.
     half = 2**31 - 2**26
     mask = jax.eval_shape(
@@ -360,15 +378,43 @@ def test_leaves_that_would_die_are_named():
         blocks((4, 4))({"a": scores["a"]}, {"a": 1}, None)
     with pytest.raises(ValueError, match=r"3 weights at 'b' .* are 8, .* leave"):
         channels(0)(scores, {"a": 2, "b": 3, "c": 2}, None)
-    # No weight at all may be asked for, and what JAX computed is taken as it is.
-    assert not n_of_m(4)(scores, dict.fromkeys(scores, 0), None)["b"].any()
+    # Known are the numbers of JAX too, outside of compiled functions.
     of_jax = {path: jnp.int32(n) for path, n in counts.items()}
-    assert not n_of_m(4)(scores, of_jax, None)["b"].any()
-    jax.eval_shape(lambda: blocks((4, 4))({"a": scores["a"]}, of_jax, None))
+    with pytest.raises(ValueError, match=message):
+        n_of_m(4)(scores, of_jax, None)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: n_of_m(4)(scores, of_jax, None))
+    # No weight at all may be asked for.
+    assert not n_of_m(4)(scores, dict.fromkeys(scores, 0), None)["b"].any()
+    assert not blocks((4, 2))(scores, 0, None)["b"].any()
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_one_budget_that_is_less_than_a_step_of_every_leaf_is_refused(name):
+    pattern, expected = PATTERNS[name]
+    scores = {p: draw(np.random.default_rng(4), "ties", s) for p, s in SHAPES.items()}
+    fewest = sum(pattern.step(path, shape) for path, shape in SHAPES.items())
+    message = f"expected at least {fewest} weights for the leaves .*, got {fewest - 1}"
+    for count in (fewest - 1, jnp.int32(fewest - 1)):
+        with pytest.raises(ValueError, match=message):
+            pattern(scores, count)
+    for count in (0, fewest):
+        for path, mask in expected(scores, count).items():
+            np.testing.assert_array_equal(pattern(scores, count)[path], mask)
+    # Where it is traced, every leaf keeps what it must and no more.
+    kept = jax.jit(pattern)(scores, 1)
+    assert {path: int(mask.sum()) for path, mask in kept.items()} == {
+        path: pattern.step(path, shape) for path, shape in SHAPES.items()
+    }
 
 
 def test_sizes_of_patterns_are_positive():
-    with pytest.raises(ValueError, match="at least 1 weight, got m=0"):
-        n_of_m(0)
-    with pytest.raises(ValueError, match=r"at least 1 weight, got shape \(4, 0\)"):
+    for m in (0, 2.5, "2:4", None):
+        with pytest.raises(ValueError, match="of at least 1 as `m`, got"):
+            n_of_m(m)
+    with pytest.raises(ValueError, match="at least 1 as `columns of a block`, got 0"):
         blocks((4, 0))
+    with pytest.raises(ValueError, match=r"a shape such as \(32, 32\), got 4"):
+        blocks(4)
+    with pytest.raises(ValueError, match="of at least -9 as `axis`, got 'out'"):
+        channels("out")

@@ -211,8 +211,8 @@ def test_prune_and_grow_equals_the_loop(rule, growth):
 
 
 @pytest.mark.parametrize("fraction", [-0.5, 1.0, 1.5, 30.0, math.nan])
-def test_no_drop_fraction_changes_the_density(fraction):
-    rule = rules.rigl(0.6, fraction)
+def test_no_schedule_of_drop_fractions_changes_the_density(fraction):
+    rule = rules.rigl(0.6, lambda step: fraction)
     begin = rule.init(normals(0), KEY)
     after = rule.update(begin, normals(0), normals(1), 0, KEY)
     assert live_counts(after) == live_counts(begin)
@@ -513,10 +513,12 @@ def test_a_sparsity_that_leaves_no_weight_is_refused(rule):
     jit(lambda sparsity: rule(sparsity).init(normals(0), KEY))(0.999)
 
 
-def test_a_leaf_may_be_empty_where_the_network_is_not():
-    rule = rules.static(0.9, uniform)
-    live = rule.init(normals(0, {"a": (2, 2), "b": (8, 8)}), KEY)
-    assert live_counts(live) == {"a": 0, "b": 7}
+def test_rounding_empties_no_leaf_while_there_is_a_weight_for_each():
+    params = normals(0, {"a": (2, 2), "b": (8, 8)})
+    live = rules.static(0.9, uniform).init(params, KEY)
+    assert live_counts(live) == {"a": 1, "b": 6}
+    live = rules.static(0.98, uniform).init(params, KEY)
+    assert sum(live_counts(live).values()) == 1
 
 
 # Many devices.
@@ -575,7 +577,7 @@ def test_iterations_meet_the_count_and_leave_what_is_pruned():
     half = jax.tree.map(lambda m, w: m & (w > 0), begin, params)
     after = rule.update(half, params, None, 0, KEY)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a & ~b, False), after, half)
-    with pytest.raises(ValueError, match="at least 1 iteration, got 0"):
+    with pytest.raises(ValueError, match="of at least 1 as `iterations`, got 0"):
         rules.one_shot(0.6, iterations=0)
 
 
@@ -700,5 +702,199 @@ def test_scores_of_gradients_are_not_taken_without_them(score):
 
 
 def test_pruning_takes_a_whole_number_of_iterations():
-    with pytest.raises(ValueError, match=r"at least 1 iteration, got 2\.5"):
+    with pytest.raises(ValueError, match=r"of at least 1 as `iterations`, got 2\.5"):
         rules.one_shot(0.5, iterations=2.5)
+
+
+# What is not what was asked.
+
+WIDE = {"a": (8, 16), "b": (16, 8), "head": (8, 4)}
+GROUPS = {
+    "n_of_m": masks.n_of_m(4),
+    "blocks": masks.blocks((4, 4)),
+    "channels": masks.channels(),
+}
+BY_RULE = {
+    "static": rules.static,
+    "one_shot": rules.one_shot,
+    "gradual": lambda s, **kw: rules.gradual(schedules.linear(0.0, s, 2), **kw),
+    "movement": lambda s, **kw: rules.movement(schedules.linear(0.0, s, 2), **kw),
+    "set": rules.set_,
+    "rigl": rules.rigl,
+    "sparse_momentum": rules.sparse_momentum,
+    "granet": lambda s, **kw: rules.granet(schedules.linear(0.0, s, 2), **kw),
+    "largest": rules.largest,
+    "ac_dc": lambda s, **kw: rules.ac_dc(s, schedules.every(1), **kw),
+}
+
+
+def refreshed(make, sparsity, **chosen):
+    """Masks after a refresh; the weights of leaf "a" are far below those of others."""
+    params = normals(3, WIDE)
+    params["a"] = params["a"] / 1e3
+    rule = make(sparsity, **chosen)
+    begun = rule.init(params, KEY)
+    return rule.update(begun, params, normals(4, WIDE), 3, KEY)
+
+
+@pytest.mark.parametrize("name", BY_RULE)
+@pytest.mark.parametrize("group", GROUPS)
+def test_groups_have_one_sparsity_in_every_leaf_unless_told_otherwise(name, group):
+    live = refreshed(BY_RULE[name], 0.5, selection=GROUPS[group])
+    assert live_counts(live) == {"a": 64, "b": 64, "head": 16}
+
+
+@pytest.mark.parametrize("name", BY_RULE)
+@pytest.mark.parametrize("distribution", [global_, erk, uniform])
+@pytest.mark.parametrize("group", GROUPS)
+def test_no_group_selection_empties_a_leaf(name, distribution, group):
+    chosen = {"selection": GROUPS[group], "distribution": distribution}
+    live = refreshed(BY_RULE[name], 0.7, **chosen)
+    assert min(live_counts(live).values()) > 0
+
+
+@pytest.mark.parametrize("name", BY_RULE)
+@pytest.mark.parametrize("distribution", [None, global_, uniform])
+def test_a_sparsity_that_a_pattern_cannot_have_is_refused(name, distribution):
+    chosen = {"selection": masks.n_of_m(4), "distribution": distribution}
+    with pytest.raises(ValueError, match=r"expected .*fewest .*; lower the sparsity"):
+        refreshed(BY_RULE[name], 0.9, **chosen)
+
+
+@pytest.mark.parametrize("distribution", [None, global_, erk])
+def test_where_the_sparsity_is_traced_every_leaf_keeps_a_step(distribution):
+    pattern = masks.n_of_m(4)
+
+    @jit
+    def live(sparsity):
+        return refreshed(
+            rules.one_shot, sparsity, selection=pattern, distribution=distribution
+        )
+
+    for path, count in live_counts(live(0.99)).items():
+        assert count == pattern.step(path, WIDE[path])
+
+
+WORDS = {"distribution": "erk", "selection": "2:4", "prunable": "kernel"}
+
+
+@pytest.mark.parametrize("name", BY_RULE)
+@pytest.mark.parametrize("argument", WORDS)
+def test_words_in_the_place_of_functions_are_refused(name, argument):
+    def begun():
+        return BY_RULE[name](0.5, **{argument: WORDS[argument]}).init(normals(0), KEY)
+
+    with pytest.raises(ValueError, match=f"expected a function as `{argument}`, "):
+        begun()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rules.one_shot(0.5, score="magnitude"), "a function as `score`"),
+        (lambda: rules.largest(0.5, "magnitude"), "a function as `score`"),
+        (lambda: rules.prune_and_grow(0.5, None), "a function as `growth`"),
+        (lambda: rules.one_shot(0.5, scores.snip), "as `score` a function of"),
+        (lambda: rules.static(0.5, selection=masks.n_of_m), "`selection` a function"),
+        (lambda: rules.rigl(0.5, schedules.cosine), "`drop_fraction` a function"),
+        (lambda: rules.rigl(0.5, "cosine"), r"number in \[0, 1\] as `drop_fraction`"),
+        (lambda: rules.rigl(0.5, 3.0), r"number in \[0, 1\] as `drop_fraction`, got 3"),
+        (lambda: rules.set_(0.5, -0.1), r"number in \[0, 1\] as `drop_fraction`"),
+        (lambda: rules.sparse_momentum(0.5, decay=3.0), r"\[0, 1\] as `decay`, got 3"),
+        (lambda: rules.rigl(schedules.cubic(0.5, 2)), "expected one number as the spa"),
+        (lambda: rules.ac_dc(0.5, 100), "expected a function as `compressed`"),
+    ],
+)
+def test_what_is_no_choice_of_a_rule_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"score": lambda p, g, k: {"x": 1}}, "expected scores with the paths of the"),
+        ({"score": lambda p, g, k: None}, "expected scores with the paths of the"),
+        (
+            {"score": lambda p, g, k: jax.tree.map(jnp.sum, p)},
+            r"expected scores of shape \(3, 3, 2, 4\) at 'conv/kernel', got \(\)",
+        ),
+        ({"selection": lambda s, c, k: {"x": jnp.ones(1)}}, "return a mask of bool"),
+        ({"selection": lambda s, c, k: None}, "return a mask of bool for every"),
+        ({"distribution": lambda s, x: {"x": 1}}, "a number for every leaf of"),
+        ({"distribution": lambda s, x: None}, "an integer, got None"),
+        ({"distribution": lambda s, x: dict.fromkeys(s, 0.5)}, "an integer, got 0.5"),
+        ({"distribution": lambda s, x: dict.fromkeys(s, 99)}, "from 0 to 72 weights"),
+    ],
+)
+def test_choices_of_your_own_that_return_something_else_are_named(choice, message):
+    rule = rules.one_shot(0.5, **choice)
+    with pytest.raises(ValueError, match=message):
+        rule.update(rule.init(normals(0), KEY), normals(0), normals(0), 0, KEY)
+
+
+def test_masks_and_gradients_of_another_tree_are_refused():
+    rule, params = rules.rigl(0.5), normals(0)
+    begun = rule.init(params, KEY)
+    with pytest.raises(ValueError, match="expected masks with the paths of the param"):
+        rule.update({"x": 1}, params, params, 0, KEY)
+    with pytest.raises(ValueError, match="expected gradients with the paths of the pa"):
+        rule.update(begun, params, {"x": 1}, 0, KEY)
+    with pytest.raises(
+        ValueError, match=r"gradients of shape .* at 'conv/kernel', got"
+    ):
+        rule.update(begun, params, jax.tree.map(lambda x: x[:1], params), 0, KEY)
+
+
+@pytest.mark.parametrize("key", [0, None, 1.5, np.int32([1, 2])])
+def test_what_is_no_random_key_is_refused(key):
+    with pytest.raises(ValueError, match="expected a random key, got"):
+        rules.rigl(0.5).init(normals(0), key)
+
+
+def test_legacy_keys_are_keys():
+    for name in ("static", "rigl", "granet"):
+        rule, key = RULES[name], jax.random.PRNGKey(3)
+        begun = rule.init(normals(0), key)
+        assert sum(live_counts(begun).values()) < 112
+        rule.update(begun, normals(0), normals(1), 0, key)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda p: jax.tree.map(lambda x: np.zeros(x.shape, bool), p), "a live weight"),
+        (lambda p: {"x": np.ones(2, bool)}, "unknown ones for"),
+        (lambda p: p, r"a mask of bool\[4\] at 'conv/bias', got float32"),
+        (lambda p: jax.tree.map(lambda x: np.ones(1, bool), p), "a mask of bool"),
+    ],
+)
+def test_masks_of_a_rule_of_your_own_are_looked_at(made, message):
+    own = rules.MaskRule(lambda p, key: made(p), lambda m, p, *rest: made(p))
+    with pytest.raises(ValueError, match=message):
+        rules.begin(own, normals(0), KEY)
+    with pytest.raises(ValueError, match=message):
+        rules.refresh(own, None, normals(0), None, 0, KEY)
+
+
+# Parameters that are stacked over layers.
+
+
+@pytest.mark.parametrize("name", ["static", "one_shot", "rigl", "granet"])
+def test_per_layer_is_the_rule_of_the_network_that_is_not_stacked(name):
+    shapes = {"blocks": {"kernel": (3, 8, 6), "bias": (3, 6)}, "head": (6, 5)}
+    stacked, grads = normals(0, shapes), normals(1, shapes)
+
+    def apart(parts):
+        blocks = jax.tree.map(list, parts["blocks"])
+        return {"blocks": blocks, "head": parts["head"]}
+
+    rule, one = rules.per_layer(RULES[name], "blocks/*"), RULES[name]
+    begun = rule.init(stacked, KEY)
+    assert_same(apart(begun), one.init(apart(stacked), KEY))
+    later = rule.update(begun, stacked, grads, 9, KEY)
+    expected = one.update(apart(begun), apart(stacked), apart(grads), 9, KEY)
+    assert_same(apart(later), expected)
+    assert later["blocks"]["bias"].all()
+    with pytest.raises(ValueError, match=r"expected stacked leaves at 'layers/\*'"):
+        rules.per_layer(one, "layers/*").init(stacked, KEY)

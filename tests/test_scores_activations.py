@@ -52,6 +52,15 @@ def test_norms_of_half_precision_do_not_overflow():
     np.testing.assert_allclose(ranks["kernel"], 6e4)
 
 
+def test_norms_beyond_the_squares_of_float32():
+    x = jnp.array([[3e30, 0.0], [4e30, 0.0]], jnp.bfloat16)
+    ranks = scores.wanda({"kernel": x})({"kernel": jnp.ones((2, 1))}, None, None)[
+        "kernel"
+    ]
+    expected = np.linalg.norm(np.asarray(x, np.float64), axis=0)
+    np.testing.assert_allclose(ranks[:, 0], expected, rtol=1e-6)
+
+
 def test_a_rule_prunes_by_the_score():
     rule = rules.one_shot(0.5, score=scores.wanda({"w": np.float32([[4, 3, 2, 1]])}))
     params = {"w": jnp.array([[1.0], [1.0], [1.0], [7.0]])}

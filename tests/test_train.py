@@ -502,6 +502,26 @@ def test_predictions_do_not_depend_on_the_batch_size(data, convolution, batch_si
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
 
 
+def test_predictions_of_half_precision_are_probabilities_in_float32(data):
+    model = perceptron()
+    params, _ = model.init(jax.random.key(0), train.inputs(data)[:1])
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+
+    def apply(params, model_state, x, *, train):
+        return model.apply(params, model_state, x.astype(jnp.bfloat16), train=train)
+
+    predict = train.make_predict(Model(model.init, apply))
+    probabilities = predict(half, {}, data)
+    logits = np.asarray(apply(half, {}, train.inputs(data), train=False)[0], np.float64)
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(
+        probabilities, scipy.special.softmax(logits, axis=1), rtol=0.05, atol=1e-6
+    )
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+    with pytest.raises(ValueError, match="at least one example to predict, got none"):
+        predict(half, {}, jax.tree.map(lambda x: x[:0], data))
+
+
 def test_evaluation_is_over_the_whole_set():
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet(np.ones(4), size=101).astype(np.float32)

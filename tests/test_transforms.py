@@ -15,9 +15,10 @@ from d2sparse import masks, rules, schedules, scores, tree
 from d2sparse.masks import apply_masks, is_gap
 from d2sparse.transforms import (
     check_refreshes,
+    freeze,
     get_masks,
-    mask_moments,
     refreshes_are_sound,
+    reset_moments,
     set_masks,
     sparse_states,
     sparsify,
@@ -186,8 +187,8 @@ def check_update(before, after, params, updates, inner):
     # It was called with masked gradients and masked moments.
     assert_same(seen.gradient, apply_masks(seen.gradient, live))
     change, moments = by_hand(inner)(seen.gradient, before.inner.inner, params, live)
-    assert_close(seen.change, change)
-    assert_close(seen.inner, moments)
+    assert_close(seen.change, apply_masks(change, live))
+    assert_close(seen.inner, masked_by_path(moments, live))
 
 
 def contract_cases():
@@ -367,7 +368,7 @@ OPTIMISERS = {
 def test_moments_of_any_optimiser_are_masked(name):
     inner = OPTIMISERS[name]
     state = jax.tree.map(jnp.ones_like, inner.init(normals(0)))
-    masked = mask_moments(inner, state, TICKET)
+    masked = reset_moments(inner, state, TICKET, apply_masks(normals(0), TICKET))
     assert_same(masked, masked_by_path(state, TICKET))
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), masked, state)
     assert any(jax.tree.leaves(changed))
@@ -455,8 +456,9 @@ def test_an_eager_step_between_refreshes_does_not_touch_the_rule():
     rule = rules.static(0.5)._replace(update=update)
     tx = sparsify(optax.sgd(0.1), rule, schedules.at([1]))
     state = tx.init(normals(0))
+    params = apply_masks(normals(0), get_masks(state))
     for _ in range(3):
-        _, state = tx.update(normals(1), state, normals(0))
+        _, state = tx.update(normals(1), state, params)
     assert calls == [1]
 
 
@@ -574,6 +576,59 @@ def test_seeds_and_keys_decide_the_pattern():
     assert not np.array_equal(kernels[1], kernels[2])
 
 
+def test_keys_are_kept_as_plain_numbers_and_drawn_from_by_their_own_algorithm():
+    def states(key):
+        tx = sparsify(optax.sgd(0.1), rules.set_(0.5, drop_fraction=1.0), key=key)
+        state = tx.init(normals(0))
+        params = apply_masks(normals(0), get_masks(state))
+        return state, tx.update(normals(1), state, params, refresh=True)[1]
+
+    for a, b in zip(states(3), states(jax.random.PRNGKey(3)), strict=True):
+        assert a.key.dtype == jnp.uint32
+        assert_same(a, b)
+    first, second = states(jax.random.key(3, impl="rbg"))
+    assert first.key.shape == (4,)
+    assert not np.array_equal(
+        first.masks["dense"]["kernel"], states(3)[0].masks["dense"]["kernel"]
+    )
+    assert not np.array_equal(*(s.masks["dense"]["kernel"] for s in (first, second)))
+
+
+@pytest.mark.parametrize(
+    "key", [jax.random.split(jax.random.key(0)), 0.5, jnp.zeros(2)], ids=str
+)
+def test_what_is_no_key_is_refused(key):
+    with pytest.raises(ValueError, match="expected a seed or one key such as"):
+        sparsify(optax.sgd(0.1), rules.static(0.5), key=key).init(normals(0))
+
+
+@pytest.mark.parametrize("growth", [False, True])
+def test_a_gradient_of_none_is_refused_and_its_leaf_named(growth):
+    tx, params = sparsify(optax.sgd(0.1), rules.rigl(0.5)), normals(0)
+    none = {**normals(1), "head": {"kernel": None}}
+    grads, growth_fn = (normals(1), lambda: none) if growth else (none, None)
+    with pytest.raises(
+        ValueError, match=r"got none or None at \['head/kernel'\]; diff"
+    ):
+        tx.update(grads, tx.init(params), params, refresh=True, growth_fn=growth_fn)
+
+
+def test_half_precision_is_observed_in_float32():
+    tx = sparsify(optax.sgd(0.1), rules.sparse_momentum(0.5))
+    params = normals(0, dtype=jnp.bfloat16)
+    _, state = jit(tx.update)(params, tx.init(params), params)
+    kinds = {x.dtype.name for x in jax.tree.leaves(state.observed) if x.ndim}
+    assert kinds == {"float32"}
+
+
+@pytest.mark.parametrize("outer", [sparsify, freeze])
+@pytest.mark.parametrize("inner", [sparsify, freeze])
+def test_masks_under_masks_are_refused(outer, inner):
+    nest = optax.chain(inner(optax.sgd(0.1), rules.static(0.5)))
+    with pytest.raises(ValueError, match="expected an inner optimiser without masks"):
+        outer(nest, rules.static(0.5)).init(normals(0))
+
+
 def test_every_refresh_draws_from_a_key_of_its_own():
     tx = sparsify(optax.sgd(0.1), rules.set_(0.5, drop_fraction=1.0), key=2)
     state, update = tx.init(normals(0)), jit(tx.update)
@@ -623,14 +678,12 @@ def test_masks_are_found_in_any_nest():
         optax.MultiSteps(optax.chain(sparse), 2),
         optax.apply_if_finite(sparse, 3),
         optax.inject_hyperparams(lambda rate: optax.chain(sparse))(rate=0.1),
-        sparsify(sparse, rules.static(0.5)),
     ]
-    for tx in nests[:-1]:
+    for tx in nests:
         state = tx.init(normals(0))
         assert_same(get_masks(state), TICKET)
         assert_same(get_masks({"any": [state, None]}), TICKET)
         assert len(sparse_states(state)) == 1
-    assert masks.density(get_masks(nests[-1].init(normals(0)))) == 0.5
 
 
 def test_masks_of_several_branches_are_merged():

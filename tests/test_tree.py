@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from d2sparse import tree
 
@@ -115,6 +114,7 @@ def test_size_counts_every_entry():
 
 
 def test_states_of_flax_nnx_are_trees_too():
+    nnx = pytest.importorskip("flax.nnx")
     state = nnx.state(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.Param)
     assert list(tree.shapes(state).values()) == [(3, 2)]
     (path,) = tree.shapes(state)
@@ -135,3 +135,77 @@ def test_the_value_of_a_variable_is_named_as_the_variable():
 
     assert list(tree.flatten({"kernel": Variable(1)})) == ["kernel"]
     assert list(tree.flatten(Variable(1))) == ["value"]
+
+
+KERNELS = {
+    "dense/kernel": (3, 4),
+    "conv/kernel": (3, 3, 2, 4),
+    "depthwise/kernel": (3, 3, 1, 8),
+    "embed/embedding": (50, 8),
+    "attention/query/kernel": (8, 2, 4),
+    "attention/out/kernel": (2, 4, 8),
+    "lstm/hi/kernel": (4, 4),
+    "layers/0/weight": (4, 2, 3, 3),  # Equinox, as the next two.
+    "cell/weight_ih": (16, 4),
+    "embedding/weight": (50, 8),
+    "linear_1/w": (3, 4),
+    "blocks/dense/kernel": (6, 3, 4),  # Stacked over six layers.
+}
+OTHERS = {
+    "dense/bias": (4,),
+    "attention/query/bias": (2, 4),
+    "layers/0/bias": (4, 1, 1),
+    "keepdims/bias": (1, 4),
+    "cell/bias_n": (2, 4),
+    "blocks/dense/bias": (6, 4),
+    "blocks/LayerNorm_0/scale": (6, 4),
+    "blocks/BatchNorm_0/mean": (6, 4),
+    "blocks/BatchNorm_0/var": (6, 4),
+    "blocks/linear/offset": (6, 4),
+    "blocks/norm1/weight": (6, 4),
+    "blocks/ln/weight": (6, 4),
+    "norm/weight": (8, 4, 4),
+    "vit/cls": (1, 1, 8),
+    "vit/pos_embedding": (1, 9, 8),
+    "per_layer/bias/3": (2, 4),
+}
+
+
+def struct(shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@pytest.mark.parametrize("path", [*KERNELS, *OTHERS])
+def test_kernels_are_told_by_shape_and_name(path):
+    leaf = struct((KERNELS | OTHERS)[path])
+    assert tree.is_kernel(path, leaf) == (path in KERNELS)
+
+
+def test_stacked_leaves_are_judged_by_one_layer():
+    prunable = tree.of_layers("blocks/*")
+    assert not prunable("blocks/temperature", struct((6, 4)))
+    assert prunable("blocks/temperature", struct((6, 4, 4)))
+    assert prunable("head/temperature", struct((6, 4)))
+
+
+def test_a_bias_beside_its_kernel_is_doubted():
+    stacked = {"l": {"w": jnp.zeros((6, 3, 4)), "b": jnp.zeros((6, 4))}}
+    with pytest.raises(ValueError, match=r"'l/b' of shape \(6, 4\), .* bias of 'l/w'"):
+        tree.prunable_leaves(stacked)
+    assert list(tree.shapes(stacked, tree.of_layers("l/*"))) == ["l/w"]
+    assert list(tree.shapes({"a": jnp.zeros((2, 2)), "b": jnp.zeros((2, 2))})) == [
+        "a",
+        "b",
+    ]
+
+
+@pytest.mark.parametrize("leaf", [jnp.tanh, 0.5, "relu"])
+def test_leaves_that_are_no_arrays_are_named(leaf):
+    with pytest.raises(ValueError, match=r"arrays as parameters, got .* at 'f'; .*eqx"):
+        tree.prunable_leaves({"kernel": jnp.zeros((2, 2)), "f": leaf})
+
+
+@pytest.mark.parametrize("predicate", ["kernel", None, lambda path: True])
+def test_a_predicate_that_is_none_is_refused(predicate):
+    with pytest.raises(ValueError, match=r"`prunable`|path, leaf"):
+        tree.prunable_leaves(params(), predicate)

@@ -7,14 +7,13 @@ The directory holds one directory per step, named by its number:
 """
 
 import atexit
-import json
 import math
 import os
 import re
 import shutil
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -22,7 +21,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from d2sparse import disk
 from d2sparse.checkpoint import leaves, store
+from d2sparse.checkpoint.record import (
+    Record,
+    as_json,
+    first_line,
+    ranking,
+    read_record,
+    refuse_other_origin,
+)
 from d2sparse.tree import PyTree
 
 
@@ -44,7 +52,8 @@ class Checkpoints:
     """The checkpoints of one run: the latest and the best, in one directory.
 
     `save` copies the state to the host and returns; a thread writes it. In a run of
-    several processes all of them make the same calls, and the first one writes.
+    several processes all of them make the same calls, and the first one writes. From
+    its first save on the directory is locked, until the object or the process ends.
 
     >>> import tempfile, jax.numpy as jnp
     >>> with Checkpoints(tempfile.mkdtemp(), about={"steps": 100}) as checkpoints:
@@ -63,22 +72,24 @@ class Checkpoints:
         """Opens a directory; nothing is written yet.
 
         Args:
-          directory: made at the first save.
+          directory: on a local or mounted file system; made at the first save.
           about: what makes the checkpoints, such as the configuration; what JSON can
             hold. Those made by something else are refused. If not given, checkpoints
             of any origin are restored.
           keep: how many of the latest are kept. The best one is kept besides.
 
         Raises:
-          ValueError: `keep` is not positive, or `about` is not JSON.
+          ValueError: `keep` is not positive, `about` is not JSON, or the directory is
+            an address such as gs://bucket.
         """
         if keep < 1:
             raise ValueError(f"expected to keep at least 1 checkpoint, got {keep}")
-        self.directory = Path(directory).absolute()
-        self._about = None if about is None else _json("about", about)
+        self.directory = disk.local_path(directory, "the directory").absolute()
+        self._about = None if about is None else as_json("about", about)
         self._keep = keep
         self._thread: threading.Thread | None = None
         self._failed: tuple[int, Exception] | None = None
+        self._lock: disk.Lock | None = None
 
     def __enter__(self) -> "Checkpoints":
         """Nothing happens."""
@@ -112,22 +123,26 @@ class Checkpoints:
           score: the higher, the better. NaN never counts.
 
         Raises:
-          ValueError: a negative step, notes that are not JSON, or an array of which
-            this process has a part only.
-          OSError: the save before this one failed, for instance on a full disk. The
-            message names the last checkpoint, which is intact.
+          ValueError: a negative step, notes that are not JSON, a leaf that is no array
+            of numbers, an array of which this process has a part only, or another
+            process that saves to the directory.
+          OSError: the directory cannot be made; or the save before this one failed, for
+            instance on a full disk. The message says why, and names the last
+            checkpoint, which is intact.
         """
         self.wait()
         if step < 0:
             raise ValueError(f"expected a step of at least 0, got {step}")
         arrays = leaves.to_host(state)
-        record = {
-            "about": self._about or {},
-            "leaves": leaves.layout(state),
-            "score": None if score is None else float(score),
-            "notes": _json("notes", notes or {}),
-        }
+        record = Record(
+            step=int(step),
+            about=self._about or {},
+            leaves=leaves.layout(state),
+            score=None if score is None else float(score),
+            notes=as_json("notes", notes or {}),
+        )
         if jax.process_index() == 0:
+            self._make_and_lock(int(step))
             self._thread = threading.Thread(
                 target=self._write, args=(int(step), arrays, record)
             )
@@ -149,11 +164,7 @@ class Checkpoints:
         if self._failed is None:
             return
         (step, error), self._failed = self._failed, None
-        raise OSError(
-            f"expected to write the checkpoint of step {step} to {self.directory}, got "
-            f"{_first_line(error)}; {self._last_good()}; free some space and run the "
-            "same command again"
-        ) from error
+        raise self._unwritten(step, error) from error
 
     def restore(self, like: PyTree) -> Checkpoint | None:
         """The latest checkpoint that is not damaged.
@@ -172,9 +183,10 @@ class Checkpoints:
         Raises:
           ValueError: every checkpoint is damaged, or the latest one was made by
             something else than `about` or with other leaves; it names what differs.
+          OSError: a file cannot be read for now, such as without permission.
         """
         self.wait()
-        return self._first_good(sorted(self._paths(), reverse=True), like)
+        return self._first_good(lambda paths: sorted(paths, reverse=True), like)
 
     def best(self, like: PyTree) -> Checkpoint | None:
         """The checkpoint with the highest score; the later one of equals.
@@ -189,14 +201,29 @@ class Checkpoints:
           ValueError: as `restore`.
         """
         self.wait()
-        return self._first_good(self._ranking(damaged=math.inf), like)
+        return self._first_good(lambda paths: ranking(paths, damaged=math.inf), like)
 
-    def _write(
-        self, step: int, arrays: dict[str, np.ndarray], record: dict[str, Any]
-    ) -> None:
+    def _make_and_lock(self, step: int) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if self._lock is None:
+                self._lock = disk.lock(
+                    self.directory / "lock", f"the directory {self.directory}"
+                )
+        except OSError as error:
+            raise self._unwritten(step, error) from error
+
+    def _unwritten(self, step: int, error: Exception) -> OSError:
+        return OSError(
+            f"expected to write the checkpoint of step {step} to {self.directory}, got "
+            f"{first_line(error)}; {self._last_good()}; {disk.remedy(error)} and run "
+            "the same command again"
+        )
+
+    def _write(self, step: int, arrays: dict[str, np.ndarray], record: Record) -> None:
         try:
             self._remove_rests()
-            store.write(self.directory / str(step), arrays, record)
+            store.write(self.directory / str(step), arrays, record._asdict())
             self._prune(step)
         except Exception as error:  # What Orbax raises has no common base.
             self._failed = step, error
@@ -206,10 +233,14 @@ class Checkpoints:
         for rest in self.directory.glob(".*"):
             if re.fullmatch(r"\.[0-9]+(\.old)?\.(tmp|removed)", rest.name):
                 shutil.rmtree(rest)
+        for step, path in self._paths().items():
+            # Its replacement was complete, and the end of it cut short.
+            if (old := store.replaced(path)).exists() and path.name == str(step):
+                store.remove(old)
 
     def _prune(self, newest: int) -> None:
         paths = self._paths()
-        best = self._ranking(damaged=math.nan)[:1]
+        best = ranking(paths, damaged=math.nan)[:1]
         kept = {newest, *sorted(paths)[-self._keep :], *best}
         for step in paths.keys() - kept:
             store.remove(paths[step])
@@ -223,32 +254,31 @@ class Checkpoints:
                     paths[int(match[1])] = path
         return paths
 
-    def _ranking(self, damaged: float) -> list[int]:
-        """Steps with a score, the best one first; damaged ones have the given score."""
-        scores = {step: _score(p, damaged) for step, p in self._paths().items()}
-        ranked = [step for step, score in scores.items() if not math.isnan(score)]
-        return sorted(ranked, key=lambda step: (scores[step], step), reverse=True)
-
     def _last_good(self) -> str:
         for step, path in sorted(self._paths().items(), reverse=True):
             try:
                 store.read_notes(path)
-            except ValueError:
+            except (OSError, ValueError):
                 continue
             return f"the checkpoint of step {step} is intact"
         return "there is no earlier checkpoint"
 
-    def _first_good(self, steps: Iterable[int], like: PyTree) -> Checkpoint | None:
+    def _first_good(
+        self, ranked: Callable[[Mapping[int, Path]], list[int]], like: PyTree
+    ) -> Checkpoint | None:
         paths, damaged = self._paths(), {}
-        for step in steps:
+        for step in ranked(paths):
             path = paths[step]
             try:
                 return self._read(step, path, like)
             except store.Damaged as error:
-                aside = self._set_aside(step, path)
+                if not path.exists():
+                    # The process that saves has removed it; it has written others.
+                    return self._first_good(ranked, like)
                 warnings.warn(
-                    f"the checkpoint {path} is damaged: {error}; it is now {aside}, "
-                    "and an earlier one is used if there is one",
+                    f"the checkpoint {path} is damaged: {error}; it "
+                    f"{self._set_aside(step, path)}, and an earlier one is used if "
+                    "there is one",
                     stacklevel=3,
                 )
                 damaged[step] = f"{path} ({error})"
@@ -266,57 +296,34 @@ class Checkpoints:
             )
 
     def _read(self, step: int, path: Path, like: PyTree) -> Checkpoint:
-        record = store.read_notes(path)
+        record = read_record(path)
         if self._about is not None:
-            _refuse_other_origin(path, record.get("about", {}), self._about)
-        leaves.refuse_other_layout(path, record.get("leaves", {}), leaves.layout(like))
-        arrays, record = store.read(path)
-        return Checkpoint(step, leaves.from_host(arrays, like), record["notes"])
+            refuse_other_origin(path, record.about, self._about)
+        leaves.refuse_other_layout(path, record.leaves, leaves.layout(like))
+        if record.step != step:
+            raise ValueError(
+                f"expected the checkpoint of step {step} in {path}, got that of step "
+                f"{record.step}; give the directory its name again, or remove it"
+            )
+        arrays, _ = store.read(path)
+        try:
+            return Checkpoint(step, leaves.from_host(arrays, like), record.notes)
+        except ValueError as error:
+            raise ValueError(
+                f"the checkpoint {path} cannot be restored: {error}"
+            ) from error
 
-    def _set_aside(self, step: int, path: Path) -> Path:
+    def _set_aside(self, step: int, path: Path) -> str:
+        """Renames a damaged checkpoint; says what has become of it."""
         aside = self.directory / f"{step}.damaged"
         count = 1
         while aside.exists():
             count += 1
             aside = self.directory / f"{step}.damaged{count}"
         if jax.process_index() == 0:
-            path.rename(aside)
-        return aside
-
-
-def _score(path: Path, damaged: float) -> float:
-    try:
-        score = store.read_notes(path).get("score")
-    except ValueError:
-        return damaged
-    return math.nan if score is None else float(score)
-
-
-def _json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    """What comes back when it is written and read."""
-    try:
-        copy: dict[str, Any] = json.loads(json.dumps(dict(value)))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"expected `{name}` of numbers, strings, lists and dictionaries, got a "
-            f"mapping that is not JSON ({error}); convert its arrays with `.tolist()`"
-        ) from None
-    return copy
-
-
-def _refuse_other_origin(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    differing = [
-        f"{name} was {old.get(name, 'absent')} and is {new.get(name, 'absent')}"
-        for name in {**new, **old}
-        # As text, in which NaN equals NaN.
-        if json.dumps(old.get(name, "absent")) != json.dumps(new.get(name, "absent"))
-    ]
-    if differing:
-        raise ValueError(
-            f"the checkpoint {path} belongs to another configuration: "
-            f"{', '.join(differing)}; give another directory or the old configuration"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+            try:
+                self._make_and_lock(step)
+                path.rename(aside)
+            except (OSError, ValueError) as error:  # In use, or not to be written.
+                return f"stays where it is ({first_line(error)})"
+        return f"is now {aside}"

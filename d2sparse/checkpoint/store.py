@@ -17,11 +17,13 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from d2sparse import disk, schema
 
 FORMAT = 1
 ARRAYS, MANIFEST, CHECKSUM = "arrays", "manifest.json", "manifest.sha256"
@@ -29,6 +31,30 @@ ARRAYS, MANIFEST, CHECKSUM = "arrays", "manifest.json", "manifest.sha256"
 
 class Damaged(ValueError):
     """A directory that is not, or no longer, what `write` left there."""
+
+
+class Array(NamedTuple):
+    """What the manifest says of an array."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+
+
+class File(NamedTuple):
+    """What the manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(NamedTuple):
+    """The manifest."""
+
+    format: int
+    arrays: list[Array]
+    notes: dict[str, Any]
+    files: dict[str, File]
 
 
 def write(
@@ -66,13 +92,20 @@ def read(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Raises:
       Damaged: a file is missing, shorter or longer than it was, or has other bytes; or
         the directory holds a link, or a file more among the arrays.
-      ValueError: another version of the format.
+      ValueError: another version of the format, or a manifest of another form.
+      OSError: a file cannot be read for now, such as without permission.
     """
     manifest = _read_manifest(directory)
     _check_files(directory, manifest)
     try:
-        return _read_arrays(directory / ARRAYS, manifest["arrays"]), manifest["notes"]
+        return _read_arrays(directory / ARRAYS, manifest.arrays), manifest.notes
+    except MemoryError:
+        raise
     except Exception as error:  # What Orbax raises has no common base.
+        number = disk.number_of(error)
+        if number is not None and number not in disk.ABSENT:
+            own = OSError(number, os.strerror(number))
+            raise disk.unreadable(directory, own) from error
         raise Damaged(f"its arrays cannot be read ({error})") from error
 
 
@@ -81,10 +114,10 @@ def read_notes(directory: Path) -> dict[str, Any]:
 
     Raises:
       Damaged: the manifest is missing or damaged.
-      ValueError: another version of the format.
+      ValueError: another version of the format, or a manifest of another form.
+      OSError: it cannot be read for now, such as without permission.
     """
-    notes: dict[str, Any] = _read_manifest(directory)["notes"]
-    return notes
+    return _read_manifest(directory).notes
 
 
 def replaced(directory: Path) -> Path:
@@ -113,14 +146,20 @@ def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             checkpointer.save(path, args=ocp.args.StandardSave(items))
 
 
-def _read_arrays(path: Path, layout: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path, layout: list[Array]) -> dict[str, np.ndarray]:
     # Into numpy arrays: those of JAX would be committed to a device.
-    like = {str(i): _empty(**entry) for i, entry in enumerate(layout)}
+    like = {str(i): _empty(*entry) for i, entry in enumerate(layout)}
     items = {key: array for key, array in like.items() if array.size}
     if items:
         with _checkpointer() as checkpointer:
             like |= checkpointer.restore(path, args=ocp.args.StandardRestore(items))
-    return {entry["name"]: like[str(i)] for i, entry in enumerate(layout)}
+    for entry, array in zip(layout, like.values(), strict=True):
+        if [str(array.dtype), list(array.shape)] != [entry.dtype, entry.shape]:
+            raise Damaged(
+                f"{entry.name!r} is {array.dtype}{list(array.shape)} and was "
+                f"{entry.dtype}{entry.shape}"
+            )
+    return {entry.name: like[str(i)] for i, entry in enumerate(layout)}
 
 
 def _empty(name: str, dtype: str, shape: list[int]) -> np.ndarray:
@@ -153,7 +192,7 @@ def _write_manifest(
         ],
         "notes": notes,
         "files": {
-            path.relative_to(directory).as_posix(): _fingerprint(path)
+            path.relative_to(directory).as_posix(): _fingerprint(path)._asdict()
             for path in _entries(directory)
             if path.is_file()
         },
@@ -163,42 +202,61 @@ def _write_manifest(
     (directory / CHECKSUM).write_bytes(_checksum(text))
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
+def _read_manifest(directory: Path) -> Manifest:
     _refuse_links(directory)
     try:
         text = (directory / MANIFEST).read_bytes()
         checksum = (directory / CHECKSUM).read_bytes()
     except OSError as error:
-        raise Damaged(_reason(directory, error)) from error
+        raise _unread(directory, error) from error
     if checksum != _checksum(text):
         raise Damaged(f"{MANIFEST} is not what was written")
-    manifest: dict[str, Any] = json.loads(text)
-    if manifest["format"] != FORMAT:
+    manifest = json.loads(text)
+    if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
         raise ValueError(
             f"expected format {FORMAT}, got {manifest['format']} in {directory}; read "
             "it with the version of d2sparse that wrote it"
         )
-    return manifest
+    found: Manifest = as_written(manifest, Manifest, str(directory / MANIFEST))
+    if len({array.name for array in found.arrays}) < len(found.arrays):
+        raise ValueError(
+            f"expected one array of every name in {directory / MANIFEST}, got an array "
+            "twice; give another directory"
+        )
+    return found
 
 
-def _check_files(directory: Path, manifest: dict[str, Any]) -> None:
+def as_written(value: Any, form: Any, place: str) -> Any:
+    """What a manifest with its checksum holds, as the type it has to have.
+
+    Raises:
+      ValueError: another version of the code, or another program, has written it.
+    """
+    try:
+        return schema.parse(value, form)
+    except ValueError as error:
+        raise ValueError(
+            f"{place} was not written by this version of d2sparse: {error}; read it "
+            "with the version that wrote it, or give another directory"
+        ) from None
+
+
+def _check_files(directory: Path, manifest: Manifest) -> None:
     """What was written is there, and nothing else among what Orbax looks at."""
     for path in _entries(directory / ARRAYS):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and name not in manifest["files"]:
+        if path.is_file() and name not in manifest.files:
             raise Damaged(f"{name} was not written with it")
-    for name, expected in manifest["files"].items():
+    for name, expected in manifest.files.items():
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts:
             raise Damaged(f"{name} is outside of it")
         try:
             found = _fingerprint(directory / name)
         except OSError as error:
-            raise Damaged(_reason(directory, error)) from error
-        if found["bytes"] != expected["bytes"]:
-            raise Damaged(
-                f"{name} has {found['bytes']} bytes and had {expected['bytes']}"
-            )
+            raise _unread(directory, error) from error
+        if found.bytes != expected.bytes:
+            raise Damaged(f"{name} has {found.bytes} bytes and had {expected.bytes}")
         if found != expected:
             raise Damaged(f"{name} is not what was written")
 
@@ -215,19 +273,22 @@ def _entries(directory: Path) -> Iterator[Path]:
     yield from sorted(directory.rglob("*"))
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _fingerprint(path: Path) -> File:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}
+        return File(file.tell(), digest)
 
 
 def _checksum(text: bytes) -> bytes:
     return f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode()
 
 
-def _reason(directory: Path, error: OSError) -> str:
-    name = os.path.relpath(error.filename or directory, directory)
-    return f"{name}: {error.strerror}"
+def _unread(directory: Path, error: OSError) -> Exception:
+    """A file that is missing is damage; one that cannot be looked at may be intact."""
+    path = Path(error.filename or directory)
+    if error.errno not in disk.ABSENT:
+        return disk.unreadable(path, error)
+    return Damaged(f"{os.path.relpath(path, directory)}: {error.strerror}")
 
 
 def _sync(directory: Path) -> None:

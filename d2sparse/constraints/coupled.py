@@ -21,7 +21,7 @@ from d2sparse.constraints.pacing import paced
 from d2sparse.dual import Consolidation, Coupling, Dual, Trace, split_sparsity
 from d2sparse.dual.consolidation import begin_trace, consolidate
 from d2sparse.dual.step import apart, discourage
-from d2sparse.masks import apply_masks
+from d2sparse.masks import apply_masks, select
 from d2sparse.models import Model
 from d2sparse.schedules import every, refresh_stop
 from d2sparse.train import (
@@ -229,7 +229,7 @@ def joint(
                 "expected two sparse learners, since their masks are coupled, got a "
                 "dense one; set the mask coupling to 0 (--mask_coupling=0)"
             )
-        masks = apart(get_masks(slow), get_masks(fast), kappa, key, prunable)
+        masks = apart(get_masks(slow), get_masks(fast), kappa, key, prunable, select)
         return JointState(fast, set_masks(slow, masks))
 
     def learn(

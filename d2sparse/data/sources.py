@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from d2sparse import disk
+
 _DIGITS_TEST_PER_CLASS = 50
 _CHUNK = 4096
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -54,7 +56,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Source:
         `"imagenet_resized/32x32"` or `"mnist:3.0.1"`. Without a version the latest
         prepared one is taken.
       data_dir: folder of prepared TFDS data sets; by default `$TFDS_DATA_DIR`, else
-        `~/tensorflow_datasets`.
+        `~/tensorflow_datasets`. It is on a local or mounted file system.
 
     Raises:
       ValueError: the name is unknown; the folder does not exist, lacks the data set, or
@@ -103,7 +105,7 @@ def _open(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     import tensorflow_datasets as tfds
 
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    root = pathlib.Path(data_dir or default).expanduser()
+    root = disk.local_path(data_dir or default, "data_dir")
     folder = _find(name, root)
     builder = tfds.builder_from_directory(folder)
     formats = sorted(f.value for f in builder.info.available_file_formats())

@@ -17,8 +17,9 @@ from d2sparse.data.budgets import check_labels, shuffled
 Replay = Literal["none", "last", "full", "buffer", "fraction"]
 REPLAYS: tuple[Replay, ...] = get_args(Replay)
 
-# Parts of the seed of a stream of words; 1 to 4 are those of budgets and wrong labels.
-_ORDER, _DEAL, _BUFFER, _FRACTION, _EPOCH = 5, 6, 7, 8, 9
+# Parts of the seed of a stream of words; 1 to 4 are those of budgets and wrong labels,
+# 10 is that of the examples that `experiments.anytime` scores on.
+_ORDER, _DEAL, _BUFFER, _FRACTION, _EPOCH, _HELD_OUT = 5, 6, 7, 8, 9, 11
 
 
 class Megabatch(NamedTuple):
@@ -46,8 +47,11 @@ def cut_stream(
 ) -> Stream:
     """Cuts a data set into megabatches of nearly equal size.
 
-    Of the n examples of a megabatch the last `floor(validation_fraction n)` are held
-    out for validation. Every example is in exactly one place.
+    Of the n examples of a megabatch `floor(validation_fraction n)` are held out for
+    validation. They are drawn at random, whatever the order of the examples; where the
+    stream is stratified, every class gives its share, rounded up or down at random.
+    A class whose examples would all be held out keeps its first one for training.
+    Every example is in exactly one place.
 
     Args:
       labels: int[n] class of every example.
@@ -56,11 +60,11 @@ def cut_stream(
       validation_fraction: part of every megabatch that is never trained on, in [0, 1).
       stratified: deals the examples of every class evenly to the megabatches.
       permuted: whether the order is drawn; if not, it is that of the data set, which
-        may come sorted by class.
+        may come sorted by class; where stratified, the classes take turns in it.
 
     Raises:
-      ValueError: there are more megabatches than examples, nothing is left to train on,
-        or, where stratified, a class has too few examples to be in every megabatch.
+      ValueError: there are more megabatches than examples, or, where stratified, a
+        class has too few examples to be in every megabatch.
 
     >>> stream = cut_stream(np.arange(10) % 2, megabatches=2, seed=0,
     ...                     validation_fraction=0.2, stratified=True)
@@ -84,7 +88,20 @@ def cut_stream(
         if permuted:
             order = shuffled(order, (seed, _ORDER, 0))
         pieces = np.array_split(order, megabatches)
-    return tuple(_hold_out(piece, validation_fraction) for piece in pieces)
+    held_out = np.zeros(len(labels), bool)
+    for t, piece in enumerate(pieces):
+        number = int(validation_fraction * len(piece))
+        if stratified:
+            chosen = _of_every_class(piece, labels, number, (seed, _HELD_OUT, t))
+        else:
+            # A drawn order has drawn its tail already.
+            drawn = piece if permuted else shuffled(piece, (seed, _HELD_OUT, t))
+            chosen = drawn[len(piece) - number :]
+        held_out[chosen] = True
+    order = np.concatenate(pieces)
+    for label in np.setdiff1d(labels, labels[~held_out]):
+        held_out[order[labels[order] == label][0]] = False
+    return tuple(Megabatch(own[~held_out[own]], own[held_out[own]]) for own in pieces)
 
 
 def visible(
@@ -267,14 +284,37 @@ def _deal(
     order = np.concatenate(members)
     pieces = [order[first::megabatches] for first in range(megabatches)]
     if permuted:
-        pieces = [shuffled(p, (seed, _ORDER, 1 + t)) for t, p in enumerate(pieces)]
-    return pieces
+        return [shuffled(p, (seed, _ORDER, 1 + t)) for t, p in enumerate(pieces)]
+    turns = np.concatenate([np.arange(len(m)) // megabatches for m in members])
+    return [
+        piece[np.argsort(turns[first::megabatches], kind="stable")]
+        for first, piece in enumerate(pieces)
+    ]
 
 
-def _hold_out(piece: np.ndarray, fraction: float) -> Megabatch:
-    held_out = int(fraction * len(piece))
-    first = len(piece) - held_out
-    return Megabatch(piece[:first], piece[first:])
+def _of_every_class(
+    piece: np.ndarray, labels: np.ndarray, number: int, seed: tuple[int, ...]
+) -> np.ndarray:
+    """Random examples in which every class has its share.
+
+    Class c with n_c of n examples gives `number n_c / n`, rounded down, and one more
+    for the largest remainders until the number is reached; equal ones are drawn. No
+    class is used up, unless there are too many classes for that.
+    """
+    classes, counts = np.unique(labels[piece], return_counts=True)
+    most = counts - 1 if number <= (counts - 1).sum() else counts
+    shares = counts * number // len(piece)
+    drawn = shuffled(np.arange(len(classes)), (*seed, 0))
+    remainders = counts * number % len(piece)
+    order = drawn[np.argsort(-remainders[drawn], kind="stable")]
+    while (rest := number - shares.sum()) > 0:
+        room = order[shares[order] < most[order]]
+        shares[room[:rest]] += 1
+    held_out = [
+        shuffled(piece[labels[piece] == label], (*seed, 1 + rank))[:share]
+        for rank, (label, share) in enumerate(zip(classes, shares, strict=True))
+    ]
+    return np.concatenate(held_out)
 
 
 def _replayed(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d2sparse.checks import check_function, is_number
 from d2sparse.tree import Count, Counts
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -25,10 +26,10 @@ def check_sparsity(sparsity: Sparsity) -> Sparsity:
     0.9
     """
     known = not isinstance(sparsity, jax.core.Tracer)
-    if known and (isinstance(sparsity, str) or np.shape(sparsity) != ()):
+    if known and sparsity is not None and not is_number(sparsity):
         raise ValueError(
             f"expected one number as the sparsity, got {sparsity!r}; for several, vmap "
-            "over them"
+            "over them, and for a schedule take a rule such as `gradual`"
         )
     if known and (sparsity is None or not 0 <= float(sparsity) < 1):
         raise ValueError(
@@ -43,16 +44,20 @@ def share_budget(
 ) -> Counts:
     """How many weights a distribution keeps, which is more than none.
 
-    A single leaf may be empty. The whole network is not, while the sparsity is known.
+    The whole network is not empty, while the sparsity is known. A leaf may be: where a
+    table says so, where there are fewer live weights than leaves, or where all leaves
+    compete and one loses all its weights ("layer collapse").
 
     Raises:
-      ValueError: the sparsity is outside [0, 1), it rounds to no live weight at all, or
-        the distribution cannot reach it.
+      ValueError: the sparsity is outside [0, 1), it rounds to no live weight at all,
+        the distribution cannot reach it, or what it returns are not numbers of weights
+        for these leaves.
 
     >>> from d2sparse.distributions import uniform
     >>> {p: int(n) for p, n in share_budget(uniform, {"w": (4, 4)}, 0.75).items()}
     {'w': 4}
     """
+    check_function("distribution", distribution, "shapes, sparsity", "erk")
     check_sparsity(sparsity)
     total = int(sizes(shapes).sum())
     known = not isinstance(sparsity, jax.core.Tracer)
@@ -62,7 +67,35 @@ def share_budget(
             f"{total} prunable weights is live, got {sparsity}, at which none is; "
             "lower it"
         )
-    return distribution(shapes, sparsity)
+    counts = distribution(shapes, sparsity)
+    _check_counts(counts, shapes)
+    return counts
+
+
+def _check_counts(counts: Counts, shapes: Shapes) -> None:
+    """Raises where a distribution returns something else than numbers of weights."""
+    each = counts if isinstance(counts, Mapping) else {"": counts}
+    most = {path: math.prod(shape) for path, shape in shapes.items()}
+    if not isinstance(counts, Mapping):
+        most = {"": sum(most.values())}
+    if sorted(each) != sorted(most):
+        raise ValueError(
+            "expected a distribution to return a number for every leaf of "
+            f"{sorted(most)}, or one number for all of them, got numbers for "
+            f"{sorted(each)}"
+        )
+    for path, count in each.items():
+        traced = isinstance(count, jax.core.Tracer)
+        if not traced and not (is_number(count) and count == int(count)):
+            raise ValueError(
+                "expected a distribution to return how many weights a leaf keeps, an "
+                f"integer, got {count!r} at {path!r}"
+            )
+        if not traced and not 0 <= int(count) <= most[path]:
+            raise ValueError(
+                f"expected a distribution to keep from 0 to {most[path]} weights, got "
+                f"{int(count)} at {path!r}"
+            )
 
 
 def array_module(sparsity: Sparsity) -> Any:
@@ -118,7 +151,8 @@ def largest_remainder(ideal: Any, limits: np.ndarray, total: Any, xp: Any) -> An
     """
     counts = xp.minimum(xp.floor(ideal), limits).astype(int)
     remainder = xp.where(counts < limits, ideal - counts, -1.0)
-    rank = xp.argsort(xp.argsort(-remainder, stable=True), stable=True)
+    # A sort by one key is stable, in every version of NumPy.
+    rank = xp.argsort(xp.lexsort((-remainder,)))
     counts = xp.minimum(counts + (rank < total - xp.sum(counts)), limits)
     return hand_out(total - xp.sum(counts), counts, limits, xp).astype(int)
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from d2sparse.checks import check_function, is_number
 from d2sparse.distributions.budget import (
     Distribution,
     Shapes,
@@ -49,11 +50,17 @@ def explicit(table: Mapping[str, float], rest: Distribution = erk) -> Distributi
     >>> {path: int(n) for path, n in counts.items()}
     {'conv': 108, 'mix': 64, 'head': 12}
     """
+    check_function("rest", rest, "shapes, sparsity", "erk")
+    if not isinstance(table, Mapping):
+        raise ValueError(
+            'expected a table of sparsities by pattern, such as {"head/*": 0.5}, got '
+            f"{table!r}"
+        )
     for pattern, value in table.items():
-        if not 0 <= value <= 1:
+        if not is_number(value) or not 0 <= value <= 1:
             raise ValueError(
                 "expected sparsities in [0, 1], the fraction of zeros, got "
-                f"{value} for {pattern!r}"
+                f"{value!r} for {pattern!r}"
             )
 
     def distribution(shapes: Shapes, sparsity: Sparsity) -> dict[str, Count]:

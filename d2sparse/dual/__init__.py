@@ -30,6 +30,7 @@ from d2sparse.dual.pair import (
     headline,
     pair_macs,
     pair_predictions,
+    settle_pair,
     split_sparsity,
     stored_numbers,
 )
@@ -37,6 +38,7 @@ from d2sparse.dual.presets import (
     MODES,
     PRESETS,
     MakeOptimizer,
+    MakeRule,
     Plan,
     make_plans,
     make_transforms,
@@ -50,6 +52,7 @@ __all__ = [
     "Coupling",
     "Dual",
     "MakeOptimizer",
+    "MakeRule",
     "Plan",
     "Trace",
     "consolidate",
@@ -63,6 +66,7 @@ __all__ = [
     "merge",
     "pair_macs",
     "pair_predictions",
+    "settle_pair",
     "split_sparsity",
     "stored_numbers",
 ]

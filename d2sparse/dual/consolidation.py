@@ -3,20 +3,28 @@
 import jax
 import jax.numpy as jnp
 
-from d2sparse import distributions, scores, tree
+from d2sparse import scores, tree
 from d2sparse.dual.pair import Consolidation, Trace
-from d2sparse.masks import apply_masks, count, dense_masks, select
+from d2sparse.masks import apply_masks, count, dense_masks
+from d2sparse.scores.local import widen
 from d2sparse.tree import Prunable, PyTree, is_kernel
 
 
 def begin_trace(
     params: PyTree, consolidation: Consolidation, prunable: Prunable
 ) -> tuple[Trace, PyTree]:
-    """Where a consolidating slow learner starts: at the fast one's largest weights."""
-    counts = distributions.erk(tree.shapes(params, prunable), consolidation.sparsity)
+    """Where a consolidating slow learner starts: at the fast one's largest weights.
+
+    The average of weights of half precision is kept in float32, in which it can move by
+    less than they can.
+    """
+    shapes = tree.shapes(params, prunable)
+    counts = consolidation.distribution(shapes, consolidation.sparsity)
     ranks = scores.magnitude(tree.prunable_leaves(params, prunable))
-    masks = tree.replace(dense_masks(params), select(ranks, counts))
-    return Trace(params, masks), apply_masks(params, masks)
+    masks = tree.replace(
+        dense_masks(params), consolidation.selection(ranks, counts, None)
+    )
+    return Trace(widen(params), masks), apply_masks(params, masks)
 
 
 def consolidate(
@@ -44,20 +52,28 @@ def consolidate(
       prunable: predicate on (path, leaf).
 
     Returns:
-      The slow learner's parameters, zero outside of its masks, and its state.
+      The slow learner's parameters, zero outside of its masks and of the types of the
+      fast one's, and its state, whose average keeps its own types.
     """
     decay = jnp.minimum(consolidation.decay, 1 - 1 / (step + 1.0))
-    average = jax.tree.map(
-        lambda a, w: decay * a + (1 - decay) * w, trace.average, fast
-    )
+
+    def follow(average: jax.Array, weight: jax.Array) -> jax.Array:
+        kept = decay.astype(average.dtype)
+        return kept * average + (1 - kept) * weight.astype(average.dtype)
+
+    average = jax.tree.map(follow, trace.average, fast)
 
     def redrawn() -> PyTree:
         weights = tree.prunable_leaves(average, prunable)
         ranks = scores.magnitude(weights)
-        return tree.replace(trace.masks, select(ranks, count(trace.masks, prunable)))
+        live = consolidation.selection(ranks, count(trace.masks, prunable), None)
+        return tree.replace(trace.masks, live)
 
     due = consolidation.when(step)
     masks = jax.lax.cond(due, redrawn, lambda: trace.masks)
     known = jax.tree.map(lambda a, b: a | b | ~due, fast_masks, masks)
     average = apply_masks(average, known)
-    return apply_masks(average, masks), Trace(average, masks)
+    slow = jax.tree.map(
+        lambda a, w: a.astype(w.dtype), apply_masks(average, masks), fast
+    )
+    return slow, Trace(average, masks)

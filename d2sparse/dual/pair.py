@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d2sparse import distributions
 from d2sparse import macs as costs
+from d2sparse.distributions import Distribution
+from d2sparse.masks import Selection, select
 from d2sparse.schedules import When
 from d2sparse.train import Data, TrainState
-from d2sparse.transforms import get_masks
+from d2sparse.transforms import get_average, get_masks
 from d2sparse.tree import PyTree
 
 
@@ -88,11 +91,15 @@ class Consolidation(NamedTuple):
       sparsity: fraction of zeros of the slow learner.
       decay: alpha in [0, 1) of the running average; its horizon is `1 / (1 - alpha)`.
       when: step -> bool, when the slow learner's mask is drawn anew.
+      distribution: how its leaves share the live weights.
+      selection: which patterns may be live.
     """
 
     sparsity: float
     decay: float
     when: When
+    distribution: Distribution = distributions.erk
+    selection: Selection = select
 
 
 def split_sparsity(size: int, sparsity: float, share: float = 0.5) -> Dual:
@@ -145,12 +152,39 @@ def headline(state: TrainState) -> str:
     return "slow" if isinstance(state.opt_state.slow, Trace) else "ensemble"
 
 
+def settle_pair(
+    state: TrainState,
+    data: Data | None = None,
+    statistics: Dual | None = None,
+) -> TrainState:
+    """The pair with the averages of its weights, where they are kept, as parameters.
+
+    Args:
+      state: the pair.
+      data: training examples, for the statistics of normalisations.
+      statistics: of each network, from `train.make_statistics`; None where the networks
+        have no normalisations.
+
+    Returns:
+      The state; one that keeps no averages comes back as it is.
+    """
+    params = _weights_that_count(state)
+    if params is state.params:
+        return state
+    model_state = state.model_state
+    if statistics is not None:
+        both = zip(statistics, params, model_state, strict=True)
+        model_state = Dual(*(f(p, s, data, state.key) for f, p, s in both))
+    return state._replace(params=params, model_state=model_state)
+
+
 def pair_predictions(
     predict: Dual, state: TrainState, data: Data
 ) -> dict[str, np.ndarray]:
     """Class probabilities of the pair's three outputs, the headline first.
 
-    "ensemble" is the mean of both learners' probabilities; see `headline`.
+    "ensemble" is the mean of both learners' probabilities; see `headline`. Where
+    averages of the weights are kept, as by preset "averaged", they are what predicts.
 
     Args:
       predict: of each network, from `train.make_predict`.
@@ -159,12 +193,21 @@ def pair_predictions(
 
     Returns:
       float[n, classes] by "ensemble", "fast" and "slow".
+
+    Raises:
+      ValueError: averages are kept, and the statistics of normalisations are those of
+        the last weights.
     """
+    own = _weights_that_count(state)
+    if jax.tree.leaves(state.model_state) and not _all_close(own, state.params):
+        raise ValueError(
+            "expected statistics of the averages that count, got a pair whose "
+            "normalisations know its last weights; take `dual.settle_pair(state, data, "
+            "statistics)` first"
+        )
     fast, slow = (
         f(params, model_state, data)
-        for f, params, model_state in zip(
-            predict, state.params, state.model_state, strict=True
-        )
+        for f, params, model_state in zip(predict, own, state.model_state, strict=True)
     )
     outputs = {"ensemble": (fast + slow) / 2, "fast": fast, "slow": slow}
     first = headline(state)
@@ -176,6 +219,7 @@ def stored_numbers(state: TrainState) -> int:
 
     Live weights of both networks and everything that is never pruned; for a
     consolidating slow learner, the support of its average in place of its weights.
+    Averages of the weights, which no step looks at, are not counted.
     """
     masks = get_pair_masks(state)
     slow = state.opt_state.slow
@@ -228,6 +272,22 @@ def pair_macs(
             training += peer * growth_samples / (batch_size * interval[learner])
     names = ("training", "fast", "slow", "ensemble")
     return dict(zip(names, (training, *sparse, sum(sparse)), strict=True))
+
+
+def _weights_that_count(state: TrainState) -> Dual:
+    """The averages of the weights of a learner that keeps them, else its weights."""
+    if isinstance(state.opt_state.slow, Trace):
+        return state.params
+    both = zip(state.opt_state, state.params, strict=True)
+    found = Dual(*(get_average(own, params) for own, params in both))
+    kept = found.fast is not state.params.fast or found.slow is not state.params.slow
+    return found if kept else state.params
+
+
+def _all_close(one: PyTree, other: PyTree) -> bool:
+    """Whether two trees differ by no more than rounding."""
+    pairs = zip(*map(jax.tree.leaves, (one, other)), strict=True)
+    return one is other or all(bool(jnp.allclose(a, b)) for a, b in pairs)
 
 
 def _support(average: PyTree, masks: PyTree) -> PyTree:

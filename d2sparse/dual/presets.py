@@ -6,15 +6,20 @@ from typing import NamedTuple
 import jax
 import optax
 
+from d2sparse import distributions
+from d2sparse.distributions import Distribution
 from d2sparse.dual.pair import Consolidation, Dual
-from d2sparse.rules import rigl
+from d2sparse.masks import Selection, select
+from d2sparse.rules import MaskRule, rigl
 from d2sparse.schedules import Schedule, When, cosine, every, refresh_stop
 from d2sparse.transforms import average_weights, sparsify
+from d2sparse.tree import Prunable, is_kernel
 
 PRESETS = ("averaged", "symmetric", "fast_slow", "constant")
 MODES = ("trained", "consolidated")
 
 MakeOptimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
+MakeRule = Callable[..., MaskRule]
 
 
 class Plan(NamedTuple):
@@ -94,10 +99,15 @@ def make_transforms(
     mode: str = "trained",
     horizon: float | None = None,
     key: jax.Array | int = 0,
+    rule: MakeRule = rigl,
+    distribution: Distribution = distributions.erk,
+    selection: Selection = select,
+    prunable: Prunable = is_kernel,
 ) -> Dual:
     """Transformations of the two learners, each with masks of its own.
 
-    Where a plan has one, an average of the weights is kept beside them.
+    Where a plan has one, an average of the weights is kept beside them. `init_pair` and
+    `make_dual_step` are given the same selection and predicate.
 
     Args:
       plans: how they move.
@@ -107,6 +117,12 @@ def make_transforms(
         masked running average of the fast one.
       horizon: steps the running average reaches back; needed in mode "consolidated".
       key: random key or seed of both rules.
+      rule: how masks move, a function of a sparsity, a drop fraction and the arguments
+        below: `rules.rigl`, `set_`, `sparse_momentum` or one like them. Masks avoid
+        each other at the start, and where a rule grows by `growth_fn` as RigL does.
+      distribution: how the leaves of a learner share its live weights.
+      selection: which patterns may be live: `masks.select`, `masks.n_of_m(4)`, ...
+      prunable: predicate on (path, leaf).
 
     Raises:
       ValueError: unknown mode, a horizon that is missing or below 1, or an average of
@@ -120,8 +136,15 @@ def make_transforms(
             'expected no averages in mode "consolidated", whose slow learner is one, '
             'got plans with average_from; choose preset "fast_slow"'
         )
+    own = {
+        "distribution": distribution,
+        "selection": selection,
+        "prunable": prunable,
+    }
     fast, slow = (
-        _make_transform(plan, sparsity, optimizer, learner_key)
+        _make_transform(
+            plan, rule(sparsity, plan.drop_fraction, **own), optimizer, learner_key
+        )
         for plan, sparsity, learner_key in zip(
             plans, sparsities, jax.random.split(key), strict=True
         )
@@ -131,13 +154,15 @@ def make_transforms(
     if horizon is None or horizon < 1:
         raise ValueError(f"expected a horizon of at least 1 step, got {horizon}")
     decay = 1 - 1 / horizon
-    return Dual(fast, Consolidation(sparsities.slow, decay, plans.slow.when))
+    follow = Consolidation(
+        sparsities.slow, decay, plans.slow.when, distribution, selection
+    )
+    return Dual(fast, follow)
 
 
 def _make_transform(
-    plan: Plan, sparsity: float, optimizer: MakeOptimizer, key: jax.Array
+    plan: Plan, rule: MaskRule, optimizer: MakeOptimizer, key: jax.Array
 ) -> optax.GradientTransformation:
-    rule = rigl(sparsity, plan.drop_fraction)
     tx = sparsify(optimizer(plan.learning_rate), rule, plan.when, key)
     if plan.average_from is None:
         return tx

@@ -11,7 +11,7 @@ from d2sparse import losses, metrics, scores, tree
 from d2sparse.data import Augment
 from d2sparse.dual.consolidation import begin_trace, consolidate
 from d2sparse.dual.pair import Consolidation, Coupling, Dual, get_pair_masks
-from d2sparse.masks import apply_masks, count, select
+from d2sparse.masks import Selection, apply_masks, count, select
 from d2sparse.train import (
     Data,
     Metrics,
@@ -37,6 +37,7 @@ def init_pair(
     prunable: Prunable = is_kernel,
     settings: Mapping[str, float] | None = None,
     skip_faults: bool = False,
+    selection: Selection = select,
 ) -> TrainState:
     """The pair's state at step 0.
 
@@ -54,6 +55,7 @@ def init_pair(
       settings: numbers that tell this run from others of the same program.
       skip_faults: whether updates that are not finite are left out, instead of
         stopping the run.
+      selection: which patterns may be live, that of the optimisers' rules.
 
     Raises:
       ValueError: masks are coupled between networks of different shapes.
@@ -69,11 +71,12 @@ def init_pair(
         masks = get_masks(opt_state)
         if coupling.masks:
             peer = get_masks(fast.opt_state)
-            masks = apart(masks, peer, coupling.masks, mask_key, prunable)
-        slow = slow._replace(
-            params=apply_masks(slow.params, masks),
-            opt_state=set_masks(opt_state, masks),
-        )
+            how = (coupling.masks, mask_key, prunable, selection)
+            masks = apart(masks, peer, *how)
+        params = apply_masks(slow.params, masks)
+        # Once more, since a state may hold copies of the weights, such as an average.
+        opt_state = set_masks(tx.slow.init(params), masks)
+        slow = slow._replace(params=params, opt_state=opt_state)
     joined = jax.tree.map(jnp.array, slow)  # Copies: donation allows no sharing.
     return fast._replace(
         params=Dual(fast.params, joined.params),
@@ -278,7 +281,12 @@ def _descend(
 
 
 def apart(
-    masks: PyTree, peer: PyTree, kappa: float, key: jax.Array, prunable: Prunable
+    masks: PyTree,
+    peer: PyTree,
+    kappa: float,
+    key: jax.Array,
+    prunable: Prunable,
+    selection: Selection,
 ) -> PyTree:
     """Random masks with the counts of the given ones, where the peer's are not."""
     if jax.tree.map(jnp.shape, masks) != jax.tree.map(jnp.shape, peer):
@@ -289,4 +297,4 @@ def apart(
     ranks = scores.random(masks, None, key)
     ranks = jax.tree.map(lambda rank, live: rank - kappa * live, ranks, peer)
     ranks = tree.prunable_leaves(ranks, prunable)
-    return tree.replace(masks, select(ranks, count(masks, prunable)))
+    return tree.replace(masks, selection(ranks, count(masks, prunable), None))

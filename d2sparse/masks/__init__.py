@@ -9,6 +9,7 @@ from d2sparse.masks.algebra import (
     apply_masks,
     copy_masks,
     count,
+    count_all,
     count_live,
     dense_masks,
     density,
@@ -16,16 +17,18 @@ from d2sparse.masks.algebra import (
     refuse_other_paths,
     sparsity,
 )
-from d2sparse.masks.patterns import blocks, channels, n_of_m
+from d2sparse.masks.patterns import Pattern, blocks, channels, n_of_m
 from d2sparse.masks.selection import Selection, select, top_k
 
 __all__ = [
+    "Pattern",
     "Selection",
     "apply_masks",
     "blocks",
     "channels",
     "copy_masks",
     "count",
+    "count_all",
     "count_live",
     "dense_masks",
     "density",

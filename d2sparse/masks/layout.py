@@ -68,12 +68,13 @@ def ordered_bits(scores: jax.Array) -> jax.Array:
     """
     if scores.dtype == bool:
         return scores.astype(jnp.uint32)
-    scores = scores.astype(jnp.float32)
-    bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
+    # Of a wider type too: a number below all of float32 is no `-inf`.
+    eligible = scores > -jnp.inf
+    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     bits = jnp.where(bits == sign, jnp.uint32(0), bits)  # -0.0 and 0.0 are one score
     keys = jnp.where(bits >= sign, ~bits, bits | sign)
-    return jnp.where(scores > -jnp.inf, keys, jnp.uint32(0))
+    return jnp.where(eligible, keys, jnp.uint32(0))
 
 
 def tie_order(index: jax.Array, salt: jax.Array | None) -> jax.Array:

@@ -22,6 +22,7 @@ from d2sparse.masks.layout import (
     ordered_bits,
     tie_order,
 )
+from d2sparse.meshes import common_zero, on_auto_axes
 
 # Digits, in bits. Wide ones read the scores twice instead of three times, which pays
 # where there are many more scores than bins to clear and sum.
@@ -118,7 +119,26 @@ def largest(
         return []
     leaves = [_lazy(leaf) for leaf in scores]
     units = units or (1,) * len(scores)
-    sizes = np.array([leaf.size for leaf in scores])
+
+    def search(
+        leaves: list[Lazy], k: jax.Array, salts: jax.Array | None
+    ) -> list[jax.Array]:
+        return _search(leaves, groups, k, salts, units)
+
+    return on_auto_axes(search, leaves, leaves, k, salts)
+
+
+def _search(
+    leaves: list[Lazy],
+    groups: tuple[int, ...],
+    k: jax.Array,
+    salts: jax.Array | None,
+    units: tuple[int, ...],
+) -> list[jax.Array]:
+    shapes = [leaf.shape for leaf in leaves]
+    # Under `jax.shard_map` the loops carry what varies as all that they look at.
+    k = k + common_zero((leaves, k, salts))
+    sizes = np.array([leaf.size for leaf in leaves])
     totals = np.bincount(groups, sizes * units)
     if totals.max() >= 2**31:
         raise ValueError(
@@ -142,7 +162,7 @@ def largest(
         _above(leaf, start, cut, group, salts) & (k[group] > 0)
         for leaf, start, group in zip(leaves, starts, groups, strict=True)
     ]
-    return [m.reshape(leaf.shape) for m, leaf in zip(kept, scores, strict=True)]
+    return [m.reshape(shape) for m, shape in zip(kept, shapes, strict=True)]
 
 
 def _starts(sizes: np.ndarray, groups: Sequence[int]) -> list[int]:
@@ -285,15 +305,14 @@ def _histograms(
     total = len(groups) * bins
     row, start, unit = map(jnp.asarray, (block.row, block.start, block.unit))
 
+    zero = jnp.zeros_like(cut.key, shape=())  # Varies as all that is looked at.
+
     def count_piece(i: int | jax.Array, counts: jax.Array) -> jax.Array:
         group = groups[row[i]]
         salt = None if salts is None else salts[group]
-        keys = _keys(block, i)
-        value = jax.lax.cond(
-            by_key,
-            lambda: keys,
-            lambda: tie_order(linear_index(keys.shape) + start[i], salt),
-        )
+        keys = _keys(block, i) + zero
+        index = linear_index(keys.shape) + (start[i] + zero)
+        value = jax.lax.cond(by_key, lambda: keys, lambda: tie_order(index, salt))
         known = jnp.where(by_key, cut.key[group], cut.rank[group]) >> shift >> bits
         # What cannot be kept is not counted: it often is most of a leaf, and a bin that
         # every other entry hits is slow.
@@ -303,14 +322,18 @@ def _histograms(
         place = jnp.where(counted, row[i] * bins + digit, total)
         return counts.at[place].add(unit[i], mode="drop")
 
-    counts, pieces = jnp.zeros(total, jnp.int32), len(block.leaf)
+    counts = jnp.zeros_like(cut.wanted, shape=total)
+    pieces = len(block.leaf)
     if pieces == 1:
         return count_piece(0, counts).reshape(1, bins)
     # Groups that are decided are not read again: ties are left in few of them.
     is_open = _undecided(cut)[groups][row]
     (order,) = jnp.nonzero(is_open, size=pieces)
     counts = jax.lax.fori_loop(
-        0, jnp.sum(is_open), lambda i, counts: count_piece(order[i], counts), counts
+        0,
+        jnp.sum(is_open, dtype=jnp.int32),
+        lambda i, counts: count_piece(order[i], counts),
+        counts,
     )
     return counts.reshape(-1, bins)
 
@@ -341,7 +364,7 @@ def _digit_of_kth(
     """
     groups, bins = counts.shape
     blocks = counts.reshape(groups, -1, 1 << (bins.bit_length() // 2))
-    block, k, _ = _bin_of_kth(jnp.sum(blocks, axis=2), k)
+    block, k, _ = _bin_of_kth(jnp.sum(blocks, axis=2, dtype=jnp.int32), k)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     digit, k, found = _bin_of_kth(inside, k)
     return block * inside.shape[1] + digit, k, found
@@ -350,8 +373,9 @@ def _digit_of_kth(
 def _bin_of_kth(
     counts: jax.Array, k: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    at_least = jnp.cumsum(counts[:, ::-1], axis=1)[:, ::-1]
-    chosen = jnp.maximum(jnp.sum(at_least >= k[:, None], axis=1) - 1, 0)[:, None]
+    at_least = jnp.cumsum(counts[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
+    reach = jnp.sum(at_least >= k[:, None], axis=1, dtype=jnp.int32)
+    chosen = jnp.maximum(reach - 1, 0)[:, None]
     found = jnp.take_along_axis(counts, chosen, axis=1)[:, 0]
     above = jnp.take_along_axis(at_least, chosen, axis=1)[:, 0] - found
     return chosen[:, 0], k - above, found

@@ -79,7 +79,7 @@ def select(
     else:
         groups = (0,) * len(scores)
         wanted = jnp.asarray(counts, jnp.int32)[None]
-    salts = None if key is None else jax.random.bits(key, wanted.shape)
+    salts = None if key is None else jax.random.bits(key, wanted.shape, jnp.uint32)
     units = None if sizes is None else tuple(sizes[path] for path in scores)
     kept = largest(list(scores.values()), groups, wanted, salts, units)
     return dict(zip(scores, kept, strict=True))

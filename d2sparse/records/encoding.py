@@ -2,10 +2,12 @@
 
 import json
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from d2sparse import schema
 
 
 def to_json(value: Any) -> Any:
@@ -21,37 +23,31 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def read_fields(
-    text: str, place: str, mend: str, needs: Set[str] = frozenset()
-) -> dict[str, Any]:
-    """The fields that a text of JSON holds.
+def read_json(text: str, form: Any, place: str, mend: str) -> Any:
+    """What a text of JSON holds, as the type it has to have.
 
     Args:
-      text: an object.
+      text: as `to_json` and `json.dumps` make it; null is a number that is not finite.
+      form: the type, see `d2sparse.schema`.
       place: where it is, for the error.
       mend: what to do where it is damaged.
-      needs: names of fields that it has.
 
     Raises:
-      ValueError: it is damaged, no object, or lacks a field.
+      ValueError: it is no JSON, or of another form.
     """
     try:
-        found = from_json(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not needs <= found.keys():
-        raise ValueError(f"{place} is damaged, got {text.strip()!r:.60}; {mend}")
-    return found
+        return schema.parse(from_json(json.loads(text)), form)
+    except json.JSONDecodeError:
+        why = f"got {text.strip()!r:.60}"
+    except (RecursionError, ValueError) as error:
+        why = str(error)
+    raise ValueError(f"{place} is damaged, {why}; {mend}")
 
 
-def from_json(text: str) -> Any:
-    """What a text of JSON holds; null is a number that was not finite."""
-
-    def restore(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: restore(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [restore(item) for item in value]
-        return math.nan if value is None else value
-
-    return restore(json.loads(text))
+def from_json(value: Any) -> Any:
+    """What `to_json` was given, as far as JSON has it: null is NaN."""
+    if isinstance(value, dict):
+        return {key: from_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    return math.nan if value is None else value

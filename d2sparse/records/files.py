@@ -7,20 +7,37 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from d2sparse import disk
 from d2sparse.records.encoding import to_json
 
 
 def complete_lines(path: Path) -> list[str]:
-    """The lines of a file that end in a newline; a crash may have cut the last."""
-    if not path.exists():
-        return []
+    """The lines of a file that end in a newline; a crash may have cut the last.
+
+    Raises:
+      ValueError: there is no such file.
+      OSError: it cannot be read for now, such as without permission.
+    """
     lines = read_text(path).splitlines(keepends=True)
     return [line for line in lines if line.endswith("\n")]
 
 
 def read_text(path: Path) -> str:
-    r"""A text of JSON; a byte that is none of it becomes \xNN, which no JSON holds."""
-    return path.read_text(encoding="utf-8", errors="backslashreplace")
+    r"""A text of JSON; a byte that is none of it becomes \xNN, which no JSON holds.
+
+    Raises:
+      ValueError: there is no such file.
+      OSError: it cannot be read for now, such as without permission.
+    """
+    try:
+        return path.read_text(encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        if error.errno not in disk.ABSENT:
+            raise disk.unreadable(path, error) from error
+        raise ValueError(
+            f"expected a file at {path}, got {disk.reason(error)}; check the path, or "
+            "restore what was moved away"
+        ) from None
 
 
 def temporary_path(path: Path) -> Path:
@@ -57,6 +74,6 @@ def named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"expected to write {path}, got {error.strerror or error}; what has "
-            "finished is kept: make room and run the same command again"
+            f"expected to write {path}, got {disk.reason(error)}; what has finished is "
+            f"kept: {disk.remedy(error)} and run the same command again"
         ) from error

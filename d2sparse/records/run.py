@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,28 +16,24 @@ from jax.typing import ArrayLike
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
+from d2sparse import disk, schema
 from d2sparse.records import files
-from d2sparse.records.encoding import read_fields, to_json
-
-
-class Unit(NamedTuple):
-    """The part of a run that is repeated or not repeated as a whole.
-
-    Attributes:
-      method: what is trained, such as "rigl".
-      seed: of everything random in it.
-    """
-
-    method: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """The name of its files, such as "rigl-seed0"."""
-        return f"{self.method}-seed{self.seed}"
-
-
-_NAMED = frozenset({"unit", *Unit._fields, "step"})  # What every measurement has.
+from d2sparse.records.encoding import to_json
+from d2sparse.records.reading import (
+    MEND,
+    METRICS,
+    NAMED,
+    Failed,
+    Seal,
+    Unit,
+    checked_lines,
+    digest_of,
+    lines_of,
+    measurements,
+    read_sealed,
+    result_files,
+    unit_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,48 +43,71 @@ class Run:
     Attributes:
       workdir: the directory.
       writes: whether this process writes; in others nothing comes of it.
+      form: what the results of a unit have to be.
+      lock: kept as long as the run is.
     """
 
     workdir: Path
     writes: bool = True
+    form: Any = dict[str, Any]
+    lock: disk.Lock | None = dataclasses.field(default=None, repr=False, compare=False)
     _writers: dict[Unit, SummaryWriter] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _measured: dict[Unit, list[str]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def start(self, unit: Unit, lines: int = 0) -> None:
+    def check(self) -> None:
+        """Checks everything that is read later.
+
+        Raises:
+          ValueError: a file is damaged, or does not go with another one.
+          OSError: a file cannot be read for now, such as without permission.
+        """
+        for unit in self.units():
+            self.finished(unit)
+        checked_lines(self.workdir)
+
+    def start(self, unit: Unit, lines: int = 0, digest: str | None = None) -> None:
         """Begins a unit, or goes on with it after its first lines of measurements.
 
         Args:
           unit: what is measured from now on.
           lines: how many lines of an interrupted attempt at it still hold; the others
             are forgotten.
+          digest: what `measured` said of them.
 
         Raises:
-          ValueError: there are not as many lines, or one is damaged.
+          ValueError: there are not as many lines, one is damaged, or they are others.
         """
         if not self.writes:
             return
-        path = self.workdir / "metrics.jsonl"
+        path = self.workdir / METRICS
         kept: list[str] = []
-        own: list[dict[str, Any]] = []
-        for line, fields in _measurements(path):
+        own: list[str] = []
+        shown: list[dict[str, Any]] = []
+        for line, fields in measurements(path):
             if fields["unit"] != unit.name:
                 kept.append(line)
             elif len(own) < lines:
                 kept.append(line)
-                own.append(fields)
-        if len(own) < lines:
+                own.append(line)
+                shown.append(fields)
+        if len(own) < lines or digest not in (None, digest_of(own)):
             raise ValueError(
                 f"expected {lines} lines of {unit.name} in {path}, as its checkpoint "
-                f"says, got {len(own)}; remove that checkpoint to begin the unit anew"
+                f"says, got {len(own)} or others; remove checkpoints/{unit.name} to "
+                "begin the unit anew"
             )
+        self._measured[unit] = own
         # Also without the end of a line that a crash has cut.
         files.write_text(path, "".join(kept))
         events = self.workdir / "tensorboard" / unit.name
         shutil.rmtree(events, ignore_errors=True)
         self._writers[unit] = SummaryWriter(str(events))
-        for fields in own:
-            values = {k: v for k, v in fields.items() if k not in _NAMED}
+        for fields in shown:
+            values = {k: v for k, v in fields.items() if k not in NAMED}
             self._show(unit, fields["step"], values)
 
     def log(self, unit: Unit, step: int, metrics: Mapping[str, ArrayLike]) -> None:
@@ -114,12 +133,17 @@ class Run:
         if clash := fields.keys() & metrics.keys():
             raise ValueError(f"the metrics {sorted(clash)} need other names")
         values = {name: _scalar(name, value) for name, value in metrics.items()}
-        path = self.workdir / "metrics.jsonl"
+        path, line = self.workdir / METRICS, json.dumps(to_json({**fields, **values}))
         with files.named(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(to_json({**fields, **values})) + "\n")
+            file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self._measured[unit].append(line + "\n")
         self._show(unit, int(step), values)
+
+    def measured(self, unit: Unit) -> str:
+        """A digest of the lines of a unit that has been started, for its checkpoint."""
+        return digest_of(self._measured[unit]) if self.writes else ""
 
     def finish(self, unit: Unit, results: Mapping[str, Any]) -> None:
         """Records the results of a unit, which is not repeated from now on.
@@ -130,8 +154,15 @@ class Run:
         """
         if writer := self._writers.pop(unit, None):
             writer.close()
+        if "seal" in results:
+            raise ValueError("the result 'seal' needs another name")
         if self.writes:
-            files.write_json(self._results(unit), results)
+            lines = self._measured.pop(unit, None)
+            if lines is None:
+                lines = lines_of(self.workdir).get(unit.name, [])
+            found = to_json(results)
+            seal = Seal(unit.name, digest_of(lines), digest_of(found))
+            files.write_json(self._results(unit), found | {"seal": seal._asdict()})
         meet(f"{unit.name} is written")
 
     def finished(self, unit: Unit) -> dict[str, Any] | None:
@@ -140,16 +171,26 @@ class Run:
         Arrays and tuples come back as lists, and what was not finite as NaN.
 
         Raises:
-          ValueError: the file of the unit is damaged.
+          ValueError: the file of the unit is damaged, or is not its own.
         """
         path = self._results(unit)
-        return _read_results(path) if path.exists() else None
+        if not path.exists():
+            return None
+        results = read_sealed(path)[1]
+        form = Failed if "failed" in results else self.form
+        try:
+            schema.parse(results, form)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged, {error}; {MEND}") from None
+        return results
 
     def units(self) -> list[Unit]:
-        """All units that have come to their end, with results or without, by name."""
-        names = [path.stem for path in (self.workdir / "units").glob("*.json")]
-        parts = [name.rpartition("-seed") for name in sorted(names)]
-        return [Unit(method, int(seed)) for method, _, seed in parts]
+        """All units that have come to their end, with results or without, by name.
+
+        Raises:
+          ValueError: there is another file among theirs.
+        """
+        return [unit_of(path) for path in result_files(self.workdir)]
 
     def fail(self, unit: Unit, why: str) -> None:
         """Records that a unit has no results, and why; it is not repeated either."""
@@ -161,12 +202,8 @@ class Run:
         Raises:
           ValueError: the file of a unit is damaged.
         """
-        found = {}
-        for path in sorted((self.workdir / "units").glob("*.json")):
-            results = _read_results(path)
-            if "failed" in results:
-                found[path.stem] = results["failed"]
-        return found
+        results = {unit.name: self.finished(unit) or {} for unit in self.units()}
+        return {name: own["failed"] for name, own in results.items() if "failed" in own}
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, the results of the whole run."""
@@ -193,41 +230,10 @@ class Run:
         return self.workdir / "units" / f"{unit.name}.json"
 
 
-def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Every measurement of a run, finished or not.
-
-    Args:
-      workdir: the run directory, which may be in use.
-
-    Returns:
-      One dictionary per line of metrics.jsonl, with NaN for what was not finite. An
-      incomplete last line is left out.
-
-    Raises:
-      ValueError: a line is damaged.
-    """
-    path = Path(workdir).expanduser() / "metrics.jsonl"
-    return [fields for _, fields in _measurements(path)]
-
-
 def meet(why: str) -> None:
     """Waits for the other processes, if there are any."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(why)
-
-
-def _read_results(path: Path) -> dict[str, Any]:
-    mend = "remove that file to run the unit again"
-    return read_fields(files.read_text(path), str(path), mend)
-
-
-def _measurements(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The complete lines of a file of measurements, as they stand and as fields."""
-    mend, found = "remove that line to go on", []
-    for number, line in enumerate(files.complete_lines(path), 1):
-        place = f"{path} line {number}"
-        found.append((line, read_fields(line, place, mend, _NAMED)))
-    return found
 
 
 def _scalar(name: str, value: ArrayLike) -> float:

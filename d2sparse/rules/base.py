@@ -10,7 +10,9 @@ import numpy as np
 import optax
 
 from d2sparse import tree
-from d2sparse.masks import Selection, select
+from d2sparse.checks import check_function
+from d2sparse.distributions import Distribution, uniform
+from d2sparse.masks import Pattern, Selection, refuse_other_paths, select
 from d2sparse.masks.layout import Lazy
 from d2sparse.schedules import Step
 from d2sparse.scores import GRADIENT_SCORES, LOCAL, Score
@@ -76,12 +78,101 @@ def refresh(
     Of a rule of your own, whose update is a plain function, no scores are known.
 
     >>> rule = MaskRule(lambda params, key: params, lambda masks, *rest: masks)
-    >>> refresh(rule, {"w": 1}, None, None, 0, jax.random.key(0))
-    ({'w': 1}, {})
+    >>> params, masks = {"w": jnp.zeros(1)}, {"w": jnp.array([True])}
+    >>> refresh(rule, masks, params, None, 0, jax.random.key(0))
+    ({'w': Array([ True], dtype=bool)}, {})
     """
     if isinstance(rule.update, Noting):
         return rule.update.noted(masks, params, grads, step, key)
-    return rule.update(masks, params, grads, step, key), {}
+    chosen = rule.update(masks, params, grads, step, key)
+    _check_masks(chosen, params)
+    return chosen, {}
+
+
+def begin(rule: MaskRule, params: PyTree, key: jax.Array) -> PyTree:
+    """The first masks of a rule, which may be one of your own.
+
+    Raises:
+      ValueError: they are no masks of these parameters, or no weight of any kernel is
+        live, as far as that is known.
+
+    >>> rule = MaskRule(lambda params, key: {"w": jnp.array([True])}, lambda *args: {})
+    >>> begin(rule, {"w": jnp.zeros(1)}, jax.random.key(0))
+    {'w': Array([ True], dtype=bool)}
+    """
+    tree.check_arrays(params)
+    masks = rule.init(params, key)
+    _check_masks(masks, params)
+    return masks
+
+
+def check_choices(
+    distribution: Distribution | None, selection: Selection, **scores: Score
+) -> None:
+    """Raises where a rule is given a word, or a function of another kind.
+
+    Raises:
+      ValueError: naming the argument and what could stand there.
+
+    >>> check_choices(uniform, select)
+    """
+    if distribution is not None:
+        check_function("distribution", distribution, "shapes, sparsity", "erk")
+    check_function("selection", selection, "scores, counts, key", "masks.n_of_m(4)")
+    for name, score in scores.items():
+        check_function(name, score, "params, grads, key", "scores.magnitude")
+
+
+def suited(
+    distribution: Distribution | None, selection: Selection, usual: Distribution
+) -> Distribution:
+    """The distribution that is given, or the one that suits a selection.
+
+    It is the usual one of a rule, and for patterns `uniform`: a pattern rounds the
+    share of every leaf to whole groups, which takes small shares to none and large ones
+    to all.
+
+    >>> from d2sparse.masks import n_of_m
+    >>> suited(None, n_of_m(4), usual=len) is uniform
+    True
+    """
+    if distribution is not None:
+        return distribution
+    return uniform if isinstance(selection, Pattern) else usual
+
+
+def plainly(selection: Selection) -> Selection:
+    """A selection that rounds counts, down to none as well, and refuses none.
+
+    >>> plainly(select) is select
+    True
+    """
+    return selection.choose if isinstance(selection, Pattern) else selection
+
+
+def chosen(
+    selection: Selection,
+    scores: Mapping[str, jax.Array],
+    counts: Counts,
+    key: jax.Array | None,
+) -> dict[str, jax.Array]:
+    """The masks that a selection returns, if they are masks of these leaves.
+
+    Raises:
+      ValueError: the selection, which may be one of your own, returns something else.
+
+    >>> chosen(select, {"w": jnp.array([1.0, 2.0])}, {"w": 1}, None)
+    {'w': Array([False,  True], dtype=bool)}
+    """
+    kept = selection(scores, counts, key)
+    shown = {p: (m.shape, m.dtype) for p, m in tree.flatten(kept).items()}
+    wanted = {path: (score.shape, bool) for path, score in scores.items()}
+    if shown != wanted:
+        raise ValueError(
+            "expected a selection to return a mask of bool for every leaf, of shapes "
+            f"{ {p: shape for p, (shape, _) in wanted.items()} }, got {shown}"
+        )
+    return kept
 
 
 def either(first: Nan, second: Nan) -> Nan:
@@ -138,7 +229,7 @@ def largest_scores(
     if selection is select:
         return select(ranks, counts, tie_key), nan
     values = {path: lazy.value() for path, lazy in ranks.items()}
-    return selection(values, counts, tie_key), nan
+    return chosen(selection, values, counts, tie_key), nan
 
 
 def is_local(score: Score) -> bool:
@@ -165,12 +256,49 @@ def _rank(
             "rule, or refresh under `sparsify`, which has them"
         )
     if is_local(score):
-        weights = tree.pick(params, eligible)
-        slopes = weights if grads is None else tree.pick(grads, eligible)
+        weights = tree.pick(params, eligible, "parameters")
+        slopes = weights
+        if grads is not None:
+            slopes = _shaped_as(eligible, grads, "gradients")
         of = _Among(score)
         return {p: Lazy((m, weights[p], slopes[p]), of) for p, m in eligible.items()}
-    values = tree.pick(score(params, grads, cast(jax.Array, key)), eligible)
+    values = score(params, grads, cast(jax.Array, key))
+    values = _shaped_as(eligible, values, "scores")
     return {p: Lazy((m, values[p]), _Among(None)) for p, m in eligible.items()}
+
+
+def _shaped_as(
+    eligible: Mapping[str, jax.Array], values: PyTree, what: str
+) -> dict[str, jax.Array]:
+    """The leaves of the same paths, whose shapes are the same too."""
+    found = tree.pick(values, eligible, what)
+    for path, value in found.items():
+        if jnp.shape(value) != eligible[path].shape:
+            raise ValueError(
+                f"expected {what} of shape {eligible[path].shape} at {path!r}, got "
+                f"{jnp.shape(value)}"
+            )
+    return {path: jnp.asarray(value) for path, value in found.items()}
+
+
+def _check_masks(masks: PyTree, params: PyTree) -> None:
+    """Raises where masks do not fit, or are known to leave no weight of any kernel."""
+    refuse_other_paths(masks, params)
+    leaves, shapes = tree.flatten(masks), tree.flatten(params)
+    for path, mask in leaves.items():
+        like = shapes.get(path, mask)
+        if mask.dtype != bool or mask.shape != like.shape:
+            raise ValueError(
+                f"expected a rule to return a mask of bool{list(like.shape)} at "
+                f"{path!r}, got {mask.dtype}{list(mask.shape)}"
+            )
+    matrices = [m for m in leaves.values() if m.ndim > 1] or list(leaves.values())
+    known = not any(isinstance(mask, jax.core.Tracer) for mask in matrices)
+    if matrices and known and not any(bool(mask.any()) for mask in matrices):
+        raise ValueError(
+            "expected masks with a live weight, got none: the rule has emptied "
+            f"{sorted(leaves)}; lower its sparsity"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

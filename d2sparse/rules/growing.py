@@ -4,15 +4,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from d2sparse import distributions, masks, scores, tree
+from d2sparse import masks, scores, tree
+from d2sparse.checks import check_function, check_key, check_number
 from d2sparse.distributions import Distribution, Sparsity
-from d2sparse.masks import Selection, count_live, select
+from d2sparse.masks import Pattern, Selection, count_live, select
 from d2sparse.rules.base import (
     MaskRule,
     Nan,
     Noting,
+    check_choices,
     either,
     largest_scores,
+    plainly,
     refresh,
 )
 from d2sparse.rules.keeping import static
@@ -26,7 +29,7 @@ def prune_and_grow(
     sparsity: Sparsity,
     growth: Score,
     drop_fraction: Schedule | float = 0.3,
-    distribution: Distribution = distributions.erk,
+    distribution: Distribution | None = None,
     prunable: Prunable = is_kernel,
     selection: Selection = masks.select,
 ) -> MaskRule:
@@ -42,11 +45,15 @@ def prune_and_grow(
       growth: score of the weights that may grow.
       drop_fraction: step -> fraction of the live weights that falls, or a number.
       distribution: how the budget is shared between the leaves at the start; a refresh
-        keeps the number of every leaf.
+        keeps the number of every leaf. If not given, by `erk`, and by `uniform` where
+        whole groups live and fall.
       prunable: predicate on (path, leaf).
       selection: which patterns may be live. Whole blocks and channels fall and grow;
         of n:m the number that falls in a group is rounded, so that below a fraction of
-        `1 / (2 n)` none does.
+        `1 / (2 n)` none does, and one stays in any case.
+
+    Raises:
+      ValueError: a number is out of its range, or a word stands for a function.
 
     >>> rule, key = prune_and_grow(0.5, scores.gradient, 0.5), jax.random.key(0)
     >>> params = {"kernel": jnp.array([[1.0, 4.0], [0.0, 0.0]])}
@@ -56,17 +63,22 @@ def prune_and_grow(
     [[False, True], [False, True]]
     """
     begin = static(sparsity, distribution, prunable, selection)
+    check_choices(distribution, selection, growth=growth)
+    _check_fraction(drop_fraction)
+    choose = plainly(selection)
 
     def noted(
         masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
     ) -> tuple[PyTree, Nan]:
-        live = tree.pick(masks, tree.shapes(params, prunable))
+        check_key(key)
+        shapes = tree.shapes(params, prunable)
+        live = tree.pick(masks, shapes, "masks")
         fraction = drop_fraction(step) if callable(drop_fraction) else drop_fraction
         counts = {path: count_live(mask) for path, mask in live.items()}
         stays = {path: n - _share(fraction, n) for path, n in counts.items()}
-        kept, nan = largest_scores(
-            selection, scores.magnitude, live, params, grads, stays
-        )
+        if isinstance(selection, Pattern):
+            stays = selection.lift(shapes, stays)
+        kept, nan = largest_scores(choose, scores.magnitude, live, params, grads, stays)
         if selection is not select:
             # Of patterns whole groups stay, not always as many as were asked for.
             stays = {path: count_live(mask) for path, mask in kept.items()}
@@ -75,7 +87,7 @@ def prune_and_grow(
         falls = {path: counts[path] - stays[path] for path in live}
         others = {path: ~mask for path, mask in kept.items()}
         grown, nan_outside = largest_scores(
-            selection, growth, others, params, grads, falls, growth_key, tie_key
+            choose, growth, others, params, grads, falls, growth_key, tie_key
         )
         moved = {path: kept[path] | grown[path] for path in live}
         return tree.replace(masks, moved), either(nan, nan_outside)
@@ -86,7 +98,7 @@ def prune_and_grow(
 def set_(
     sparsity: Sparsity,
     drop_fraction: Schedule | float = 0.3,
-    distribution: Distribution = distributions.erk,
+    distribution: Distribution | None = None,
     prunable: Prunable = is_kernel,
     selection: Selection = masks.select,
 ) -> MaskRule:
@@ -108,7 +120,7 @@ def set_(
 def rigl(
     sparsity: Sparsity,
     drop_fraction: Schedule | float = 0.3,
-    distribution: Distribution = distributions.erk,
+    distribution: Distribution | None = None,
     prunable: Prunable = is_kernel,
     selection: Selection = masks.select,
 ) -> MaskRule:
@@ -132,7 +144,7 @@ def rigl(
 def sparse_momentum(
     sparsity: Sparsity,
     drop_fraction: Schedule | float = 0.3,
-    distribution: Distribution = distributions.erk,
+    distribution: Distribution | None = None,
     prunable: Prunable = is_kernel,
     selection: Selection = masks.select,
     decay: float = 0.9,
@@ -148,6 +160,7 @@ def sparse_momentum(
     >>> int(sparse_momentum(0.9).init(params, jax.random.key(0))["kernel"].sum())
     10
     """
+    check_number("decay", decay, 0, 1)
     rule = rigl(sparsity, drop_fraction, distribution, prunable, selection)
     return rule._replace(observe=optax.ema(decay, debias=False))
 
@@ -155,7 +168,7 @@ def sparse_momentum(
 def granet(
     sparsity: Schedule,
     drop_fraction: Schedule | float = 0.5,
-    distribution: Distribution = distributions.global_,
+    distribution: Distribution | None = None,
     prunable: Prunable = is_kernel,
     selection: Selection = masks.select,
 ) -> MaskRule:
@@ -170,7 +183,9 @@ def granet(
     Args:
       sparsity: step -> fraction of zeros among the prunable weights.
       drop_fraction: step -> fraction of the live weights that falls, or a number.
-      distribution: over which leaves pruning shares the budget.
+      distribution: over which leaves pruning shares the budget; if not given, over all
+        of them together, or by `uniform`, also at the start, where whole groups live
+        and fall.
       prunable: predicate on (path, leaf).
       selection: which patterns may be live.
 
@@ -187,12 +202,12 @@ def granet(
     """
     prune = gradual(sparsity, scores.magnitude, distribution, prunable, selection)
     move = prune_and_grow(
-        0.0, scores.gradient, drop_fraction, distributions.erk, prunable, selection
+        0.0, scores.gradient, drop_fraction, None, prunable, selection
     )
 
     def init(params: PyTree, key: jax.Array) -> PyTree:
         prune.init(params, key)  # Complains of a schedule that cannot be followed.
-        begin = static(sparsity(0), distributions.erk, prunable, selection)
+        begin = static(sparsity(0), None, prunable, selection)
         return begin.init(params, key)
 
     def noted(
@@ -203,6 +218,13 @@ def granet(
         return masks, either(nan, nan_moving)
 
     return MaskRule(init, Noting(noted))
+
+
+def _check_fraction(fraction: Schedule | float) -> None:
+    if callable(fraction):
+        check_function("drop_fraction", fraction, "step", "cosine(0.3, steps)")
+    else:
+        check_number("drop_fraction", fraction, 0, 1)
 
 
 def _share(fraction: jax.Array | float, count: jax.Array) -> jax.Array:

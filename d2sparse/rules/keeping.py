@@ -3,9 +3,10 @@
 import jax
 
 from d2sparse import distributions, masks, scores, tree
+from d2sparse.checks import check_key
 from d2sparse.distributions import Distribution, Sparsity
 from d2sparse.masks import Selection, copy_masks, dense_masks
-from d2sparse.rules.base import MaskRule
+from d2sparse.rules.base import MaskRule, check_choices, chosen, suited
 from d2sparse.schedules import Step
 from d2sparse.tree import Prunable, PyTree, is_kernel
 
@@ -34,7 +35,7 @@ def fixed(masks: PyTree) -> MaskRule:
 
 def static(
     sparsity: Sparsity,
-    distribution: Distribution = distributions.erk,
+    distribution: Distribution | None = None,
     prunable: Prunable = is_kernel,
     selection: Selection = masks.select,
 ) -> MaskRule:
@@ -42,13 +43,15 @@ def static(
 
     Args:
       sparsity: fraction of zeros among the prunable weights, in [0, 1); may be traced.
-      distribution: how the budget is shared between the leaves.
+      distribution: how the budget is shared between the leaves; if not given, by `erk`,
+        and by `uniform` where whole groups live and fall.
       prunable: predicate on (path, leaf).
       selection: which patterns may be live: `masks.select`, `masks.n_of_m(4)`, ...
 
     Raises:
       ValueError: the sparsity is out of its range; or, at `init`, out of the reach of
-        the distribution, or so high that no weight would be live.
+        the distribution, or so high that no weight would be live, or none of a leaf
+        that is cut into groups.
 
     >>> import jax.numpy as jnp
     >>> rule = static(0.75)
@@ -57,12 +60,16 @@ def static(
     4
     """
     distributions.check_sparsity(sparsity)
+    check_choices(distribution, selection)
+    share = suited(distribution, selection, distributions.erk)
 
     def init(params: PyTree, key: jax.Array) -> PyTree:
+        check_key(key)
         shapes = tree.shapes(params, prunable)
-        counts = distributions.share_budget(distribution, shapes, sparsity)
+        counts = distributions.share_budget(share, shapes, sparsity)
         ranks = scores.random(tree.prunable_leaves(params, prunable), None, key)
-        return tree.replace(dense_masks(params), selection(ranks, counts, None))
+        kept = chosen(selection, ranks, counts, None)
+        return tree.replace(dense_masks(params), kept)
 
     return MaskRule(init, _keep)
 

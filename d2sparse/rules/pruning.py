@@ -6,26 +6,30 @@ import jax
 import jax.numpy as jnp
 
 from d2sparse import distributions, masks, scores, tree
+from d2sparse.checks import check_function, check_whole
 from d2sparse.distributions import Distribution, Sparsity
-from d2sparse.masks import Selection, apply_masks, count_live, dense_masks
+from d2sparse.masks import Pattern, Selection, apply_masks, count_live, dense_masks
 from d2sparse.rules.base import (
     MaskRule,
     Nan,
     Noting,
+    check_choices,
     either,
     is_local,
     largest_scores,
+    plainly,
     refresh,
+    suited,
 )
 from d2sparse.schedules import Ramp, Schedule, Step, When, constant
 from d2sparse.scores import Score
-from d2sparse.tree import Count, Prunable, PyTree, is_kernel
+from d2sparse.tree import Count, Counts, Prunable, PyTree, is_kernel
 
 
 def one_shot(
     sparsity: Sparsity,
     score: Score = scores.magnitude,
-    distribution: Distribution = distributions.global_,
+    distribution: Distribution | None = None,
     prunable: Prunable = is_kernel,
     selection: Selection = masks.select,
     iterations: int = 1,
@@ -45,7 +49,8 @@ def one_shot(
     Args:
       sparsity: fraction of zeros among the prunable weights, in [0, 1); may be traced.
       score: which weights matter; the largest are kept.
-      distribution: how the budget is shared between the leaves.
+      distribution: how the budget is shared between the leaves; if not given, all
+        weights compete (`global_`), and by `uniform` where whole groups live and fall.
       prunable: predicate on (path, leaf).
       selection: which patterns may be live.
       iterations: prunings in one refresh, at least 1.
@@ -60,10 +65,9 @@ def one_shot(
     [[False, True], [True, False]]
     """
     distributions.check_sparsity(sparsity)
-    if iterations < 1 or iterations != int(iterations):
-        raise ValueError(f"expected at least 1 iteration, got {iterations}")
+    check_whole("iterations", iterations, least=1)
     prune = _pruner(score, distribution, prunable, selection)
-    init = gradual(constant(sparsity), score, distribution, prunable).init
+    init = gradual(constant(sparsity), score, distribution, prunable, selection).init
 
     def noted(
         masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
@@ -81,9 +85,15 @@ def one_shot(
             masks, nan = pruned(before[0], 1 - (1 - sparsity) ** share)
             return masks, either(nan, before[1])
 
+        if iterations == 1:
+            return pruned(masks, sparsity)
+        given = (masks, params, grads, sparsity, key)
         none = {p: jnp.zeros((), bool) for p in tree.shapes(params, prunable)}
-        before, given = (masks, none), (masks, params, grads, sparsity, key)
-        if iterations > 1 and _is_traced(given):
+        before = (masks, none)
+        if _is_traced(given):
+            # The loop carries one type: what lies on a mesh afterwards does so before.
+            after = iteration(1, before)
+            before = jax.tree.map(lambda x, y: x | jnp.zeros_like(y), before, after)
             before = jax.lax.fori_loop(1, iterations, iteration, before)
         else:
             # Outside of a compiled function the loop would be compiled at every call.
@@ -98,7 +108,7 @@ def one_shot(
 def gradual(
     sparsity: Schedule,
     score: Score = scores.magnitude,
-    distribution: Distribution = distributions.global_,
+    distribution: Distribution | None = None,
     prunable: Prunable = is_kernel,
     selection: Selection = masks.select,
 ) -> MaskRule:
@@ -111,7 +121,8 @@ def gradual(
     Args:
       sparsity: step -> fraction of zeros among the prunable weights.
       score: which weights matter; the largest are kept.
-      distribution: how the budget is shared between the leaves.
+      distribution: how the budget is shared between the leaves; if not given, all
+        weights compete (`global_`), and by `uniform` where whole groups live and fall.
       prunable: predicate on (path, leaf).
       selection: which patterns may be live.
 
@@ -127,7 +138,10 @@ def gradual(
     >>> masks["kernel"].tolist()
     [[False, True], [True, True]]
     """
-    if not callable(sparsity):
+    check_choices(distribution, selection, score=score)
+    if callable(sparsity):
+        check_function("sparsity", sparsity, "step", "cubic(0.9, steps)")
+    else:
         raise ValueError(
             f"expected a schedule, step -> sparsity, got {sparsity!r}; pass "
             f"`cubic({sparsity!r}, steps)`, or use `one_shot({sparsity!r})`"
@@ -137,7 +151,7 @@ def gradual(
         del key
         shapes = tree.shapes(params, prunable)  # Complains where there is none.
         for value in _ends(sparsity):
-            distributions.share_budget(distribution, shapes, value)
+            _budget(distribution, selection, shapes, value)
         return dense_masks(params)
 
     prune = _pruner(score, distribution, prunable, selection)
@@ -152,7 +166,7 @@ def gradual(
 
 def movement(
     sparsity: Schedule,
-    distribution: Distribution = distributions.global_,
+    distribution: Distribution | None = None,
     prunable: Prunable = is_kernel,
     selection: Selection = masks.select,
 ) -> MaskRule:
@@ -177,7 +191,7 @@ def movement(
 def largest(
     sparsity: Sparsity,
     score: Score = scores.magnitude,
-    distribution: Distribution = distributions.global_,
+    distribution: Distribution | None = None,
     prunable: Prunable = is_kernel,
     selection: Selection = masks.select,
 ) -> MaskRule:
@@ -195,7 +209,8 @@ def largest(
     Args:
       sparsity: fraction of zeros among the prunable weights, in [0, 1); may be traced.
       score: which weights matter; it has no gradients at the start.
-      distribution: how the budget is shared between the leaves.
+      distribution: how the budget is shared between the leaves; if not given, all
+        weights compete (`global_`), and by `uniform` where whole groups live and fall.
       prunable: predicate on (path, leaf).
       selection: which patterns may be live.
 
@@ -227,7 +242,7 @@ def ac_dc(
     sparsity: Sparsity,
     compressed: When,
     score: Score = scores.magnitude,
-    distribution: Distribution = distributions.global_,
+    distribution: Distribution | None = None,
     prunable: Prunable = is_kernel,
     selection: Selection = masks.select,
 ) -> MaskRule:
@@ -244,7 +259,8 @@ def ac_dc(
       sparsity: fraction of zeros in compressed phases, in [0, 1); may be traced.
       compressed: step -> whether it belongs to a compressed phase.
       score: which weights matter; the largest are kept.
-      distribution: how the budget is shared between the leaves.
+      distribution: how the budget is shared between the leaves; if not given, all
+        weights compete (`global_`), and by `uniform` where whole groups live and fall.
       prunable: predicate on (path, leaf).
       selection: which patterns may be live.
 
@@ -258,8 +274,9 @@ def ac_dc(
     [[False, True]]
     [[True, True]]
     """
+    check_function("compressed", compressed, "step", "alternating(500, stop=4000)")
     sparse = largest(sparsity, score, distribution, prunable, selection)
-    init = gradual(constant(sparsity), score, distribution, prunable).init
+    init = gradual(constant(sparsity), score, distribution, prunable, selection).init
 
     def noted(
         masks: PyTree, params: PyTree, grads: PyTree, step: Step, key: jax.Array
@@ -275,9 +292,13 @@ Prune = Callable[[PyTree, PyTree, PyTree, Sparsity, jax.Array], tuple[PyTree, Na
 
 
 def _pruner(
-    score: Score, distribution: Distribution, prunable: Prunable, selection: Selection
+    score: Score,
+    distribution: Distribution | None,
+    prunable: Prunable,
+    selection: Selection,
 ) -> Prune:
     """`(masks, params, grads, sparsity, key) -> (masks, nan)`: largest live scores."""
+    check_choices(distribution, selection, score=score)
 
     def prune(
         masks: PyTree,
@@ -287,15 +308,29 @@ def _pruner(
         key: jax.Array,
     ) -> tuple[PyTree, Nan]:
         shapes = tree.shapes(params, prunable)
-        live = tree.pick(masks, shapes)
-        counts = distributions.share_budget(distribution, shapes, sparsity)
+        live = tree.pick(masks, shapes, "masks")
+        counts = _budget(distribution, selection, shapes, sparsity)
         if isinstance(counts, Mapping):
-            _refuse_counts(selection, shapes, counts)
             counts = _at_most_live(counts, live)
-        kept, nan = largest_scores(selection, score, live, params, grads, counts, key)
+            if isinstance(selection, Pattern):
+                counts = selection.lift(shapes, counts)
+        choose = plainly(selection)
+        kept, nan = largest_scores(choose, score, live, params, grads, counts, key)
         return tree.replace(masks, kept), nan
 
     return prune
+
+
+def _budget(
+    distribution: Distribution | None,
+    selection: Selection,
+    shapes: Mapping[str, tuple[int, ...]],
+    sparsity: Sparsity,
+) -> Counts:
+    """What the leaves keep, which a pattern can."""
+    share = suited(distribution, selection, distributions.global_)
+    counts = distributions.share_budget(share, shapes, sparsity)
+    return selection.fit(shapes, counts) if isinstance(selection, Pattern) else counts
 
 
 def _ends(sparsity: Schedule) -> tuple[Sparsity, ...]:
@@ -305,17 +340,6 @@ def _ends(sparsity: Schedule) -> tuple[Sparsity, ...]:
 
 def _is_traced(values: PyTree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
-
-
-def _refuse_counts(
-    selection: Selection,
-    shapes: Mapping[str, tuple[int, ...]],
-    counts: Mapping[str, Count],
-) -> None:
-    """Raises where a pattern cannot keep the counts, while they are plain numbers."""
-    scores = {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in shapes.items()}
-    if selection is not masks.select:
-        jax.eval_shape(lambda scores: selection(scores, counts, None), scores)
 
 
 def _at_most_live(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from d2sparse import tree
-from d2sparse.scores.local import Score
+from d2sparse.scores.local import Score, widen
 from d2sparse.tree import PyTree
 
 
@@ -14,8 +14,8 @@ def wanda(inputs: Mapping[str, jax.Array]) -> Score:
     """Weight times the norm of its input, `|w_ij| * |x_i|_2`.
 
     Pruning by weights and activations (Sun et al., arXiv 2306.11695). The norm of a
-    feature is over all examples and positions. The paper ranks the weights of every
-    output among themselves; how scores compete is up to the rule here.
+    feature is over all examples and positions, in float32 or wider. The paper ranks the
+    weights of every output among themselves; how scores compete is up to the rule here.
 
     Args:
       inputs: by the path of every kernel, what enters it: float[..., features]. The
@@ -52,8 +52,11 @@ def wanda(inputs: Mapping[str, jax.Array]) -> Score:
 
 
 def _norms(activations: jax.Array) -> jax.Array:
-    features = jnp.asarray(activations, jnp.float32).reshape(-1, activations.shape[-1])
-    return jnp.linalg.norm(features, axis=0)
+    features = widen(activations).reshape(-1, activations.shape[-1])
+    # Scaled, since squares leave float32 where activations of bfloat16 do not.
+    largest = jnp.max(jnp.abs(features), axis=0, keepdims=True)
+    scale = jnp.where(largest > 0, largest, 1)
+    return scale[0] * jnp.linalg.norm(features / scale, axis=0)
 
 
 def _check_paths(norms: Mapping[str, jax.Array], params: PyTree) -> None:

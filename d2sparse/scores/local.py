@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from d2sparse.meshes import on_auto_axes
 from d2sparse.tree import PyTree
 
 Score = Callable[[PyTree, PyTree, jax.Array], PyTree]
@@ -39,11 +40,13 @@ def random(
     if key is None:
         raise ValueError("random scores need a key; pass `jax.random.key(seed)`")
     leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    return jax.tree.unflatten(
-        structure,
-        [jax.random.uniform(k, x.shape) for k, x in zip(keys, leaves, strict=False)],
-    )
+
+    def draw(key: jax.Array) -> list[jax.Array]:
+        keys = jax.random.split(key, max(len(leaves), 1))
+        each = zip(keys, leaves, strict=False)
+        return [jax.random.uniform(k, x.shape, jnp.float32) for k, x in each]
+
+    return jax.tree.unflatten(structure, on_auto_axes(draw, leaves, key))
 
 
 def constant(

@@ -34,9 +34,7 @@ class Row(NamedTuple):
 
 def list_rows(config: Config) -> list[Row]:
     """Every method with every combination of the values of the axes."""
-    axes = [
-        [(flag, value) for value in values] for flag, values in config.axes.items()
-    ]
+    axes = [[(flag, value) for value in values] for flag, values in config.axes.items()]
     rows = itertools.product(config.methods, *axes)
     return [Row(method, tuple(values)) for method, *values in rows]
 
@@ -113,4 +111,8 @@ def _prunable(config: Config) -> Prunable:
 
 
 def _text(value: Any) -> str:
-    return repr(float(value)).removesuffix(".0") if isinstance(value, float) else str(value)
+    return (
+        repr(float(value)).removesuffix(".0")
+        if isinstance(value, float)
+        else str(value)
+    )

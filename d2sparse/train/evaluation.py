@@ -9,6 +9,7 @@ import numpy as np
 from d2sparse import metrics
 from d2sparse.data import Augment, batch_indices
 from d2sparse.models import Model
+from d2sparse.scores.local import widen
 from d2sparse.train.state import Data, inputs, take
 from d2sparse.tree import PyTree
 
@@ -24,16 +25,20 @@ def make_predict(model: Model, batch_size: int = 512) -> Callable[..., np.ndarra
         smaller sets to a power of two, so that sets that grow compile a few programs.
 
     Returns:
-      `(params, model_state, data) -> float[n, classes]`, on the host.
+      `(params, model_state, data) -> float32[n, classes]`, on the host; float64 where
+      the logits are. Logits of half precision are widened first. It raises a ValueError
+      where there are no data.
     """
 
     @jax.jit
     def forward(params: PyTree, model_state: PyTree, batch: Data) -> jax.Array:
         logits, _ = model.apply(params, model_state, inputs(batch), train=False)
-        return jax.nn.softmax(logits)
+        return jax.nn.softmax(widen(logits))
 
     def predict(params: PyTree, model_state: PyTree, data: Data) -> np.ndarray:
         size = len(data.labels)
+        if not size:
+            raise ValueError("expected at least one example to predict, got none")
         width = min(batch_size, 1 << (size - 1).bit_length())
         passes = -(-size // width)
         rows = np.arange(passes * width).reshape(passes, width) % size
@@ -51,8 +56,10 @@ def make_statistics(
     """What normalisations need to know of other weights than those they were met with.
 
     An average or a merger of networks has statistics of its own. They are taken as in
-    training, from 100 batches, after which 0.003 % is left of what was there before at
-    the usual momentum of 0.9.
+    training, from 100 batches drawn at random, after which 0.003 % is left of what was
+    there before at the usual momentum of 0.9. They are kept in the type that the model
+    keeps them in; Flax takes means of batches, and keeps statistics, in float32 also
+    where a network computes in half precision.
 
     Args:
       model: the network.
@@ -87,6 +94,8 @@ def make_statistics(
 
 def evaluate(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Accuracy, likelihood, Brier score and calibration error over a whole set.
+
+    Examples are counted exactly, other sums are float32, see `d2sparse.metrics`.
 
     Args:
       probabilities: float[n, classes].

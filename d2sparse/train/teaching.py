@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from d2sparse import losses, metrics
 from d2sparse.data import Augment
 from d2sparse.models import Model
+from d2sparse.scores.local import widen
 from d2sparse.train.state import Data, Metrics, inputs
 from d2sparse.train.steps import Loss
 from d2sparse.tree import PyTree
@@ -124,5 +125,5 @@ def make_taught_loss(
 
 def _log_mean(logits: Sequence[jax.Array]) -> jax.Array:
     """The logarithm of the mean of the probabilities."""
-    each = jnp.stack([jax.nn.log_softmax(z) for z in logits])
+    each = jnp.stack([jax.nn.log_softmax(widen(z)) for z in logits])
     return jax.nn.logsumexp(each, axis=0) - jnp.log(len(logits))

@@ -11,16 +11,18 @@ from d2sparse.transforms.averaging import (
     average_weights,
     get_average,
 )
+from d2sparse.transforms.moments import reset_moments
 from d2sparse.transforms.states import (
     FreezeState,
     SparsifyState,
     check_refreshes,
+    check_sparse,
     get_masks,
     refreshes_are_sound,
     set_masks,
     sparse_states,
 )
-from d2sparse.transforms.wrappers import freeze, mask_moments, sparsify
+from d2sparse.transforms.wrappers import freeze, sparsify
 
 __all__ = [
     "AverageState",
@@ -28,11 +30,12 @@ __all__ = [
     "SparsifyState",
     "average_weights",
     "check_refreshes",
+    "check_sparse",
     "freeze",
     "get_average",
     "get_masks",
-    "mask_moments",
     "refreshes_are_sound",
+    "reset_moments",
     "set_masks",
     "sparse_states",
     "sparsify",

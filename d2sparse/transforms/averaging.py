@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from d2sparse.masks import apply_masks
+from d2sparse.transforms.inputs import is_abstract, is_placeholder, widened
 from d2sparse.transforms.states import get_masks, sparse_states
 from d2sparse.tree import PyTree
 
@@ -16,12 +17,14 @@ class AverageState(NamedTuple):
 
     Attributes:
       step: int32[], the number of updates so far.
-      average: the average, a tree like the parameters.
+      average: the average, a tree like the parameters, in float32 at least.
+      types: for every leaf a number of its type, in which `get_average` returns it.
       inner: state of the inner optimiser.
     """
 
     step: jax.Array
     average: PyTree
+    types: tuple[jax.Array, ...]
     inner: optax.OptState
 
 
@@ -36,7 +39,9 @@ def average_weights(
     `average <- a average + (1 - a) params` where `a = 1 - 1 / n`: the plain mean of the
     tail (Izmailov et al., arXiv 1803.05407); or with a horizon
     `a = min(1 - 1 / horizon, 1 - 1 / n)`, an exponential average that is not biased by
-    where it begins. Before `begin` the average is the parameters themselves.
+    where it begins. Before `begin` the average is the parameters themselves. It is kept
+    in float32, of float64 weights in float64: in half precision an average of many
+    weights would not move. `get_average` returns it in the type of the weights.
 
     Around `sparsify` the average is 0 wherever the weight is pruned, at every step. A
     weight that grows enters with average 0, so let the masks rest before `begin`.
@@ -75,9 +80,19 @@ def average_weights(
     longest = 1.0 if horizon is None else 1 - 1 / horizon
 
     def init(params: optax.Params) -> AverageState:
+        if is_abstract(params):
+            return jax.eval_shape(init, params)
+        inner_state = inner.init(params)
         # A copy: the state may be donated, and the parameters with it.
-        average = jax.tree.map(jnp.array, params)
-        return AverageState(jnp.zeros((), jnp.int32), average, inner.init(params))
+        average = jax.tree.map(lambda x: jnp.copy(widened(x)), params)
+        sparse = sparse_states(inner_state)
+        if sparse and not is_placeholder(params):
+            average = apply_masks(average, get_masks(sparse))
+        types: Any = tuple(jnp.zeros((), x.dtype) for x in jax.tree.leaves(params))
+        if is_placeholder(params):
+            types = 0  # One leaf stands for as many as there may be.
+        zero = jnp.zeros((), jnp.int32)
+        return AverageState(zero, average, types, inner_state)
 
     def update(
         updates: optax.Updates,
@@ -95,35 +110,48 @@ def average_weights(
         number = jnp.maximum(state.step - begin, 0) + 1
         decay = jnp.minimum(longest, 1 - 1 / number)
         average = jax.tree.map(
-            lambda a, w: (decay * a + (1 - decay) * w).astype(w.dtype),
+            lambda a, w: (decay * a + (1 - decay) * w).astype(a.dtype),
             state.average,
-            after,
+            jax.tree.map(widened, after),
         )
-        if sparse_states(inner_state):
-            average = apply_masks(average, get_masks(inner_state))
-        return updates, AverageState(state.step + 1, average, inner_state)
+        # Not those of `freeze`, whose weights are not 0.
+        if sparse := sparse_states(inner_state):
+            average = apply_masks(average, get_masks(sparse))
+        step = state.step + 1
+        return updates, AverageState(step, average, state.types, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def get_average(opt_state: optax.OptState) -> PyTree:
+def get_average(opt_state: optax.OptState, default: PyTree | None = None) -> PyTree:
     """The average in an optimiser's state, however deep it is nested.
 
+    Args:
+      opt_state: the optimiser's state.
+      default: what is returned where no average is kept, such as the parameters.
+
+    Returns:
+      A tree like the parameters, in their types; it is kept in float32 at least.
+
     Raises:
-      ValueError: there is none, or more than one.
+      ValueError: there is none and no default, or more than one.
 
     >>> tx = optax.chain(optax.clip(1.0), average_weights(optax.sgd(0.1)))
     >>> print(get_average(tx.init({"w": jnp.ones(())}))["w"])
     1.0
     """
     nodes = jax.tree.leaves(opt_state, is_leaf=_is_average)
-    found = [node.average for node in nodes if _is_average(node)]
+    found = [node for node in nodes if _is_average(node)]
+    if not found and default is not None:
+        return default
     if len(found) != 1:
         raise ValueError(
             "expected the state of one optimiser made by `average_weights`, got "
             f"{len(found)} of them; take that of each network from its own state"
         )
-    return found[0]
+    leaves, structure = jax.tree.flatten(found[0].average)
+    pairs = zip(leaves, found[0].types, strict=True)
+    return jax.tree.unflatten(structure, [x.astype(kind.dtype) for x, kind in pairs])
 
 
 def _is_average(node: Any) -> bool:

@@ -17,12 +17,14 @@ class SparsifyState(NamedTuple):
 
     Attributes:
       step: int32[], the number of updates so far.
-      key: the random key the rule draws from, never changed.
+      key: uint32[words], data of the random key the rule draws from, never changed.
       masks: tree of bool like the parameters.
       inner: state of the inner optimiser.
       observed: state of what the rule observes, empty where that is the gradient.
       nan: bool[leaves], which leaves had a NaN in their weights, gradients or scores at
-        a refresh; `check_refreshes` tells of them.
+        a refresh; `check_refreshes` reports them.
+      revived: bool[leaves], which leaves had pruned weights that were not 0 at the
+        second update or at a later refresh; `check_refreshes` reports them too.
     """
 
     step: jax.Array
@@ -31,10 +33,11 @@ class SparsifyState(NamedTuple):
     inner: optax.OptState
     observed: optax.OptState
     nan: jax.Array
+    revived: jax.Array
 
 
 class FreezeState(NamedTuple):
-    """State of `freeze`; the fields are those of `SparsifyState`."""
+    """State of `freeze`: the fields of `SparsifyState`, of which none is revived."""
 
     step: jax.Array
     key: jax.Array
@@ -42,6 +45,7 @@ class FreezeState(NamedTuple):
     inner: optax.OptState
     observed: optax.OptState
     nan: jax.Array
+    revived: jax.Array
 
 
 def get_masks(opt_state: optax.OptState) -> PyTree:
@@ -68,7 +72,7 @@ def get_masks(opt_state: optax.OptState) -> PyTree:
     >>> get_masks(tx.init({"kernel": jnp.ones((2, 2))}))["kernel"].shape
     (2, 2)
     """
-    found = [state.masks for state in _mask_states(opt_state)]
+    found = [state.masks for state in mask_states(opt_state)]
     if not found:
         raise ValueError(
             "expected the state of an optimiser made by `sparsify`, got a state "
@@ -76,7 +80,7 @@ def get_masks(opt_state: optax.OptState) -> PyTree:
         )
     masks, *others = found
     for other in others:
-        masks = jax.tree.map(_either, masks, other, is_leaf=is_gap)
+        masks = _merged(masks, other)
     return masks
 
 
@@ -114,16 +118,31 @@ def sparse_states(opt_state: optax.OptState) -> list[SparsifyState]:
     >>> sparse_states(optax.sgd(0.1).init({"kernel": jnp.ones((2, 2))}))
     []
     """
-    return [s for s in _mask_states(opt_state) if isinstance(s, SparsifyState)]
+    return [s for s in mask_states(opt_state) if isinstance(s, SparsifyState)]
+
+
+def mask_states(opt_state: optax.OptState) -> list[Any]:
+    """The states of every `sparsify` and `freeze`, in the order of the tree.
+
+    >>> mask_states(optax.sgd(0.1).init(jnp.ones(2)))
+    []
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=_has_masks)
+    return [node for node in nodes if _has_masks(node)]
 
 
 def check_refreshes(opt_state: optax.OptState) -> None:
-    """Raises if a refresh of the masks has met a NaN.
+    """Raises if a refresh of the masks met a NaN, or if pruned weights came back.
 
     A compiled function cannot raise. There a score that is NaN counts as the lowest,
-    the leaf is noted in the state, and this tells of it; NaN in weights and gradients
-    is noted too. Of the scores of a rule of your own it tells where the rule's `update`
-    is a `d2sparse.rules.Noting`. `d2sparse.train` leaves such updates out by itself.
+    the leaf is noted in the state, and this function reports it; NaN in weights and
+    gradients is noted too. Scores of a rule of your own are noted if the rule's
+    `update` is a `d2sparse.rules.Noting`. `d2sparse.train` leaves such updates out by
+    itself.
+
+    At its second update and at every later refresh `sparsify` also notes leaves whose
+    pruned weights are not 0: what comes after it in a chain or around it has changed
+    its updates. `check_sparse` looks at the parameters themselves.
 
     Args:
       opt_state: state of an optimiser, outside of compiled functions.
@@ -135,16 +154,53 @@ def check_refreshes(opt_state: optax.OptState) -> None:
     >>> from d2sparse.transforms import sparsify
     >>> check_refreshes(sparsify(optax.sgd(0.1), static(0.5)).init(jnp.ones((2, 2))))
     """
-    for state in _mask_states(opt_state):
-        # Runs that are vmapped have one row each.
-        nan = np.asarray(state.nan).reshape(-1, state.nan.shape[-1]).any(axis=0)
-        if nan.any():
-            paths = np.array(list(tree.flatten(state.masks)))[nan].tolist()
+    for state in mask_states(opt_state):
+        if paths := _noted_paths(state.nan, state.masks):
             raise ValueError(
                 "expected weights, gradients and scores without NaN at a refresh of "
                 f"the masks, got NaN in {paths}; lower the learning rate, clip the "
                 "gradient, or look for a division by zero in the loss or the score"
             )
+        if paths := _noted_paths(state.revived, state.masks):
+            raise ValueError(
+                "expected pruned weights to be 0 after an update, got others in "
+                f"{paths}; {_KEEP_SPARSE}"
+            )
+
+
+def check_sparse(params: PyTree, opt_state: optax.OptState) -> None:
+    """Raises if weights that `sparsify` has pruned are not exactly 0.
+
+    What comes after `sparsify` in an `optax.chain`, or wraps it, may scale, average or
+    replace its updates; then the masks say sparse and the parameters are dense. This
+    holds for evaluation parameters too, such as those of `schedule_free_eval_params`.
+
+    Args:
+      params: tree of parameters, outside of compiled functions.
+      opt_state: state of an optimiser that holds one `sparsify`, or one per branch.
+
+    Raises:
+      ValueError: naming the leaves; or there is no `sparsify` in the state.
+
+    >>> from d2sparse.masks import apply_masks
+    >>> from d2sparse.rules import static
+    >>> from d2sparse.transforms import sparsify
+    >>> params = {"kernel": jnp.ones((2, 2))}
+    >>> state = sparsify(optax.sgd(0.1), static(0.5)).init(params)
+    >>> check_sparse(apply_masks(params, get_masks(state)), state)
+    """
+    masks = tree.flatten(get_masks(sparse_states(opt_state)))
+    leaves = tree.flatten(params)
+    if missing := sorted(set(masks) - set(leaves)):
+        raise ValueError(
+            f"expected the parameters that the masks are for, got none at {missing}; "
+            "pass the tree that the optimiser's `init` was given"
+        )
+    dense = [path for path, mask in masks.items() if _is_revived(mask, leaves[path])]
+    if dense:
+        raise ValueError(
+            f"expected pruned weights to be 0, got others in {dense}; {_KEEP_SPARSE}"
+        )
 
 
 def refreshes_are_sound(opt_state: optax.OptState) -> jax.Array:
@@ -153,23 +209,44 @@ def refreshes_are_sound(opt_state: optax.OptState) -> jax.Array:
     >>> bool(refreshes_are_sound(optax.sgd(0.1).init(jnp.ones(2))))
     True
     """
-    found = [jnp.any(state.nan) for state in _mask_states(opt_state)]
+    found = [jnp.any(state.nan) for state in mask_states(opt_state)]
     return ~jnp.any(jnp.stack(found)) if found else jnp.ones((), bool)
 
 
-def _mask_states(opt_state: optax.OptState) -> list[Any]:
-    nodes = jax.tree.leaves(opt_state, is_leaf=_has_masks)
-    return [node for node in nodes if _has_masks(node)]
+_KEEP_SPARSE = (
+    "put `sparsify` last in the chain and outside of wrappers that change its updates, "
+    "and set weights that you have replaced to 0 by `apply_masks(params, "
+    "get_masks(state))`"
+)
+
+
+def _is_revived(mask: Any, param: Any) -> bool:
+    return bool(np.any(~np.asarray(mask) & (np.asarray(param) != 0)))
+
+
+def _noted_paths(noted: jax.Array, masks: PyTree) -> list[str]:
+    # Runs that are vmapped have one row each.
+    any_run = np.asarray(noted).reshape(-1, noted.shape[-1]).any(axis=0)
+    paths: list[str] = np.array(list(tree.flatten(masks)))[any_run].tolist()
+    return paths
 
 
 def _has_masks(node: Any) -> bool:
     return isinstance(node, SparsifyState | FreezeState)
 
 
-def _either(mask: Any, other: Any) -> Any:
-    if not is_gap(mask) and not is_gap(other):
+def _merged(masks: Any, other: Any) -> Any:
+    """Masks of two branches, of which each has a gap where the other one masks."""
+    if is_gap(masks) or is_gap(other):
+        return other if is_gap(masks) else masks
+    # A gap may stand for a whole subtree: one level at a time.
+    structure: Any
+    parts, structure = jax.tree.flatten(masks, is_leaf=lambda node: node is not masks)
+    if jax.tree_util.all_leaves([masks]):
         raise ValueError(
             "expected at most one `sparsify` for every leaf, got two; take the masks "
             "of each network or optimiser from its own state"
         )
-    return other if is_gap(mask) else mask
+    others = structure.flatten_up_to(other)
+    merged = [_merged(a, b) for a, b in zip(parts, others, strict=True)]
+    return jax.tree.unflatten(structure, merged)

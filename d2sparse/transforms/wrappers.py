@@ -8,9 +8,19 @@ import jax.numpy as jnp
 import optax
 
 from d2sparse import rules, tree
-from d2sparse.masks import apply_masks, is_gap
+from d2sparse.masks import apply_masks
 from d2sparse.rules import MaskRule
 from d2sparse.schedules import When, every
+from d2sparse.transforms.inputs import (
+    as_key,
+    is_abstract,
+    is_placeholder,
+    key_implementation,
+    refuse_missing,
+    refuse_pairs,
+    widened,
+)
+from d2sparse.transforms.moments import refuse_unfit, renewed
 from d2sparse.transforms.states import FreezeState, SparsifyState, check_refreshes
 from d2sparse.tree import PyTree
 
@@ -28,8 +38,10 @@ def sparsify(
     and what it returns is emitted where the mask is True, `-param` elsewhere. After
     `optax.apply_updates` pruned weights are exactly 0 and live ones have the bits the
     inner optimiser gives them (operation by operation: two programs that XLA fuses
-    differently may round differently). A weight that grows starts from 0 with zero
-    moments. `chain(clip_by_global_norm(1), sparsify(inner, ...))` clips by the norm of
+    differently may round differently). A weight that grows starts from 0 with the
+    moments that `inner.init` gives it, zero for most; copies of weights in the state,
+    such as those of `schedule_free`, are 0 where the parameters are.
+    `chain(clip_by_global_norm(1), sparsify(inner, ...))` clips by the norm of
     the dense gradient, with the clipping inside of `inner` by that of the live part.
 
     `update` takes two arguments of its own beside those it passes on to `inner`:
@@ -41,18 +53,21 @@ def sparsify(
       never where the rule observes something else than the gradient.
 
     Args:
-      inner: any Optax optimiser.
+      inner: any Optax optimiser without masks of its own, except `sm3`, `flatten` and
+        `lookahead`, which `init` refuses. Its `init` is called at every update.
       rule: how masks begin and change, such as `rigl(sparsity=0.9)`.
       when: step -> bool, when the masks are refreshed; `every(100)` if not given.
-      key: random key or seed of the rule; may be traced.
+      key: seed or random key of the rule, of any algorithm; may be traced. The state
+        holds its data as plain numbers.
 
     Returns:
       An Optax optimiser. It needs the parameters in `update`, and in an `optax.chain`
-      it comes last.
+      it comes last: what scales or averages its updates revives pruned weights.
 
     Raises:
       ValueError: in `update` outside of compiled functions, where a refresh meets a
-        NaN. Inside of them `check_refreshes` raises it from the state.
+        NaN, or pruned weights are not 0 at the second update or a later refresh.
+        Inside of them `check_refreshes` raises it from the state.
 
     >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
     >>> from d2sparse.rules import static
@@ -77,7 +92,9 @@ def freeze(
     """Trains the live weights alone; the others are frozen at the value they have.
 
     `sparsify` with one difference: where the mask is False nothing is changed, instead
-    of set to 0. It serves RISE, which freezes the weights that a lottery ticket would
+    of set to 0. Copies of weights in the state of `inner` hold the frozen values. What
+    comes after it in a chain may move frozen weights, and nothing reports it. It
+    serves RISE, which freezes the weights that a lottery ticket would
     lose (Tartaglione, ICIP 2022), and the backward set of Top-KAST (see `largest`).
 
     Arguments, `update` and errors are those of `sparsify`.
@@ -105,22 +122,35 @@ def _under_masks(
     observe = rule.observe or optax.identity()
     when = every(100) if when is None else when
     freezes = state_type is FreezeState
+    name = "freeze" if freezes else "sparsify"
+
+    def _beginning(params: PyTree, masks: PyTree) -> PyTree:
+        return params if freezes else apply_masks(params, masks)
 
     def init(params: optax.Params) -> Any:
+        if is_abstract(params):
+            return jax.eval_shape(init, params)
+        refuse_pairs(params)
         # A copy: the state may be donated, and the caller's key with it.
-        root = jnp.copy(_as_key(key))
+        root = jnp.copy(jax.random.key_data(as_key(key)))
         # The reserved number keeps the first mask apart from every refresh.
-        masks = rule.init(params, jax.random.fold_in(root, 0xFFFFFFFF))
+        first = jax.random.fold_in(as_key(key), 0xFFFFFFFF)
+        # A placeholder stands for itself, in the masks as in the moments.
+        masks = params if is_placeholder(params) else rules.begin(rule, params, first)
         # Where the parameters are, if they are sharded.
         masks = jax.tree.map(_placed_as, masks, params)
-        begin = params if freezes else apply_masks(params, masks)
+        begin = _beginning(params, masks)
+        nobody = _no_nan(params)
+        moments = inner.init(begin)
+        refuse_unfit(inner, moments, masks)
         return state_type(
             step=jnp.zeros((), jnp.int32),
             key=root,
             masks=masks,
-            inner=inner.init(begin),
-            observed=observe.init(begin),
-            nan=jnp.zeros(len(jax.tree.leaves(params)), bool),
+            inner=moments,
+            observed=observe.init(jax.tree.map(widened, begin)),
+            nan=nobody,
+            revived=jnp.copy(nobody),
         )
 
     def update(
@@ -133,11 +163,14 @@ def _under_masks(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         if params is None:
-            name = "freeze" if freezes else "sparsify"
             raise ValueError(
                 f"{name} needs the parameters: call `tx.update(grads, state, params)`"
             )
-        seen, observed = observe.update(updates, state.observed, params)
+        refuse_missing(updates, params)
+        seen, observed = updates, state.observed
+        if rule.observe is not None:
+            wide = jax.tree.map(widened, updates)
+            seen, observed = observe.update(wide, observed, params)
 
         # Only masks pass through the branches: a cond around the optimiser would copy
         # its whole state.
@@ -146,9 +179,11 @@ def _under_masks(
                 grads = seen
             else:
                 grads = growth_fn()
-            key = jax.random.fold_in(state.key, state.step)
+            now = jax.random.wrap_key_data(state.key, impl=key_implementation(key))
+            now = jax.random.fold_in(now, state.step)
+            refuse_missing(grads, params)
             masks, nan = rules.refresh(
-                rule, state.masks, params, grads, state.step, key
+                rule, state.masks, params, grads, state.step, now
             )
             paths = list(tree.flatten(params))
             # Growth gradients may be those of more leaves than this wrapper sees.
@@ -156,16 +191,36 @@ def _under_masks(
             found = _has_nan(params) | _has_nan(list(own.values()))
             return masks, state.nan | found | _in_order(nan, paths)
 
+        def placed(found: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
+            masks, nan = found
+            return jax.tree.map(_placed_as, masks, params), nan | _no_nan(params)
+
         due = when(state.step) if refresh is None else refresh
-        masks, nan = _branch(due, refreshed, lambda: (state.masks, state.nan))
-        moments = mask_moments(inner, state.inner, masks)
+        masks, nan = _branch(due, refreshed, lambda: (state.masks, state.nan), placed)
+        # The first update may be the one that sets pruned weights to 0.
+        known = (state.step == 1) | (due & (state.step > 1))
+        revived = state.revived
+        if not freezes:
+            revived = _branch(
+                known,
+                lambda: state.revived | _are_revived(state.masks, params),
+                lambda: state.revived,
+                lambda found: found | _no_nan(params),
+            )
+        fresh = inner.init(_beginning(params, masks))
         changes, moments = inner.update(
-            apply_masks(updates, masks), moments, params, **extra_args
+            apply_masks(updates, masks),
+            renewed(inner, state.inner, masks, fresh),
+            params,
+            **extra_args,
         )
+        # Copies of weights in the state follow the parameters, whatever the inner
+        # optimiser would have made of them.
+        moments = renewed(inner, moments, masks, fresh)
         emit = _change_or_nothing if freezes else _change_or_removal
         emitted = jax.tree.map(emit, masks, changes, params)
         step = optax.safe_increment(state.step)
-        state = state_type(step, state.key, masks, moments, observed, nan)
+        state = state_type(step, state.key, masks, moments, observed, nan, revived)
         if not isinstance(nan, jax.core.Tracer):
             check_refreshes(state)
         return emitted, state
@@ -187,51 +242,36 @@ def _refuse_numbers(rule: Any, when: Any) -> None:
         )
 
 
-def mask_moments(
-    inner: optax.GradientTransformation, state: optax.OptState, masks: PyTree
-) -> optax.OptState:
-    """An optimiser's state with the moments of pruned weights set to 0.
-
-    Reaches everything in the state that is shaped like the parameters, for any Optax
-    optimiser, through `optax.tree.map_params`; counts and factored moments stay.
-
-    Args:
-      inner: the optimiser the state belongs to.
-      state: its state.
-      masks: tree of bool like the parameters.
-
-    >>> tx = optax.trace(0.9)
-    >>> state = tx.init({"w": jnp.ones(2)})
-    >>> _, state = tx.update({"w": jnp.ones(2)}, state)
-    >>> mask_moments(tx, state, {"w": jnp.array([True, False])}).trace["w"].tolist()
-    [1.0, 0.0]
-    """
-
-    def masked(moment: Any, mask: Any) -> Any:
-        if is_gap(moment) or moment.shape != mask.shape:
-            return moment
-        return apply_masks(moment, mask)
-
-    return optax.tree.map_params(inner, masked, state, masks, is_leaf=is_gap)
-
-
 def _branch(
-    due: jax.Array | bool, refreshed: Callable[[], Any], kept: Callable[[], Any]
+    due: jax.Array | bool,
+    refreshed: Callable[[], Any],
+    kept: Callable[[], Any],
+    placed: Callable[[Any], Any],
 ) -> Any:
     if isinstance(due, jax.core.Tracer):
-        return jax.lax.cond(due, refreshed, kept)
+        # Both are of one type, also on a mesh or inside of `jax.shard_map`.
+        return jax.lax.cond(due, lambda: placed(refreshed()), lambda: placed(kept()))
     # In an eager loop a `cond` of new closures would be compiled at every step.
     return refreshed() if bool(due) else kept()
 
 
 def _placed_as(mask: jax.Array, param: Any) -> jax.Array:
+    """The mask where the parameter is: sharded as it is, varying over the same axes."""
     return mask & jnp.ones_like(param, bool)
 
 
-def _as_key(key: jax.Array | int) -> jax.Array:
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    return jax.random.key(key)
+def _no_nan(params: PyTree) -> jax.Array:
+    """bool[leaves], all False, where a reduction of the parameters would be."""
+    leaves = jax.tree.leaves(params)
+    known = [x if isinstance(x, jax.Array) else jnp.zeros(()) for x in leaves]
+    return jnp.zeros_like(_has_nan(known))
+
+
+def _are_revived(masks: PyTree, params: PyTree) -> jax.Array:
+    """bool[leaves], which of them have pruned weights that are not 0."""
+    pairs = zip(jax.tree.leaves(masks), jax.tree.leaves(params), strict=True)
+    found = [jnp.any(~mask & (param != 0)) for mask, param in pairs]
+    return jnp.stack(found) if found else jnp.zeros(0, bool)
 
 
 def _has_nan(leaves: PyTree) -> jax.Array:

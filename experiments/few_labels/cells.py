@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 from experiments.few_labels.options import LowDataOptions
 from experiments.variants import exact
 
+BUDGETS = (10, 50)  # Labels of every class, where no flag says how many.
+
 
 class Setting(NamedTuple):
     """What is learned from.
@@ -57,8 +59,9 @@ class Cell(NamedTuple):
 
 def list_settings(config: LowDataOptions) -> list[Setting]:
     """Every budget as it is, with wrong labels, and with long tails."""
-    found = []
-    for samples in dict.fromkeys(config.budgets or (config.samples_per_class,)):
+    found, one = [], config.samples_per_class
+    budgets = config.budgets or (BUDGETS if one is None else (one,))
+    for samples in dict.fromkeys(budgets):
         found += [Setting(samples)]
         found += [Setting(samples, noise) for noise in config.label_noises if noise]
         found += [Setting(samples, 0.0, i) for i in config.imbalances if i != 1]

@@ -1,27 +1,29 @@
 """The methods of the benchmark: each is a row of what it builds, changes and tunes."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from d2sparse import lottery, models, tree
+from d2sparse import distributions, lottery, models, tree
 from experiments import recipes
 from experiments.costs import rigl_part
 from experiments.few_labels.options import LowDataOptions
 from experiments.methods import imp
 from experiments.pairs import (
-    UNCOUPLED,
     Choices,
     dense_pair,
     make_choices,
     sparse_pair,
+    uncoupled_pair,
 )
 from experiments.recipes import Options, RecipeName
+from experiments.recipes.arguments import make_shared, rehearse
 from experiments.relays import Finish, distilled_pair, self_distilled
 from experiments.singles import Method
 from experiments.snapshots import free_tickets
-from experiments.task import Task
+from experiments.task import Task, given
 
 _MULTIPLIED = ("lenet_300_100", "lenet5")  # Their width is a factor.
 _CAPPED_ROUNDS = 3
@@ -66,7 +68,7 @@ def narrow_width(config: LowDataOptions, base: Base) -> float:
     Raises:
       ValueError: there is none.
     """
-    prunable = tree.size(tree.prunable_leaves(base.task.params))
+    prunable = tree.size(tree.prunable_leaves(base.task.params, base.task.prunable))
     rest = tree.size(base.task.params) - prunable
     most = round((1 - config.sparsity) * prunable) + rest
     unit = 0.01 if config.model in _MULTIPLIED else 1
@@ -103,7 +105,8 @@ def _halved(config: LowDataOptions, base: Base) -> Fields:
 
 def _shortened(config: LowDataOptions, base: Base) -> Fields:
     """As many steps as cost what RigL costs."""
-    part = rigl_part(base.task, base.samples)
+    own = make_shared(base.task, config, distributions.erk)
+    part = rigl_part(base.task, base.samples, own["distribution"])
     return {"steps": max(round(part * config.steps), 1)}
 
 
@@ -119,12 +122,8 @@ def _capped(config: LowDataOptions, base: Base) -> Fields:
 def _recipe(name: RecipeName) -> Make:
     def make(task: Task, config: LowDataOptions, samples: int) -> Method:
         del samples
-        options = Options(
-            drop_fraction=config.drop_fraction,
-            prune_at=config.prune_at,
-            start_sparsity=config.start_sparsity,
-            score_samples=config.score_samples,
-        )
+        shared = {f.name for f in dataclasses.fields(Options)} & set(vars(config))
+        options = Options(**{flag: getattr(config, flag) for flag in shared})
         return recipes.make_method(name, task, options)
 
     return make
@@ -132,7 +131,7 @@ def _recipe(name: RecipeName) -> Make:
 
 def _imp(task: Task, config: LowDataOptions, samples: int) -> Method:
     del samples
-    return imp(task, config.imp_rounds, config.rewind_fraction)
+    return imp(task, config.imp_rounds, config.rewind_fraction, config)
 
 
 def _self_distilled(task: Task, config: LowDataOptions, samples: int) -> Method:
@@ -142,7 +141,10 @@ def _self_distilled(task: Task, config: LowDataOptions, samples: int) -> Method:
 
 def _free_tickets(task: Task, config: LowDataOptions, samples: int) -> Method:
     del samples
-    return free_tickets(task, config.members, config.explore, config.drop_fraction)
+    shared = make_shared(task, config, distributions.erk)
+    rehearse(task, config, shared)
+    own = (config.members, config.explore, config.drop_fraction)
+    return free_tickets(task, *own, shared)
 
 
 def _choices(task: Task, config: LowDataOptions, samples: int) -> Choices:
@@ -155,8 +157,7 @@ def _dense_mutual(task: Task, config: LowDataOptions, samples: int) -> Method:
 
 
 def _uncoupled(task: Task, config: LowDataOptions, samples: int) -> Method:
-    choices = _choices(task, config, samples)
-    return sparse_pair(task, choices._replace(coupling=UNCOUPLED))
+    return uncoupled_pair(task, _choices(task, config, samples))
 
 
 def _d2_sparse(task: Task, config: LowDataOptions, samples: int) -> Method:
@@ -177,7 +178,22 @@ def _d2_finished(merged: bool) -> Make:
 
 
 def _of(**fields: Any) -> Callable[[LowDataOptions, Base], Fields]:
-    return lambda config, base: fields
+    """Flags that a method has by its name, and does not take from the command."""
+
+    def change(config: LowDataOptions, base: Base) -> Fields:
+        del base
+        for flag, value in given(config).items():
+            if flag in fields and fields[flag] != value:
+                named = ", ".join(
+                    name for name, own in CONTENDERS.items() if own.change is change
+                )
+                raise ValueError(
+                    f"expected {flag} of {fields[flag]} for {named}, got {value}; "
+                    f"leave them or --{flag} away"
+                )
+        return fields
+
+    return change
 
 
 def _try(**own: tuple[Any, ...]) -> Callable[[LowDataOptions], Fields]:
@@ -193,7 +209,7 @@ _DROPS = _try(drop_fraction=(0.1, 0.3, 0.5))
 _COUPLINGS = _try(coupling=(0.5, 1.0, 2.0))
 _RADII = _try(sharpness=(0.02, 0.05, 0.1))
 _TAIL = _of(schedule="constant", averaging=0.25)  # Of networks that are alone.
-_AVERAGED = _of(averaging=0.25)  # Of pairs, whose preset keeps the rate.
+_AVERAGED = _of(preset="averaged", averaging=0.25)
 _ANNEALED = _of(preset="symmetric")
 _TAILS = _try(averaging=(0.1, 0.25, 0.5))
 _RATES = _try(finish_rate=(0.03, 0.1, 0.3))
@@ -221,7 +237,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "imp": Contender(_imp, own=_try(rewind_fraction=(0.0, 0.1, 0.2))),
     "imp_capped": Contender(_imp, _capped, _try(rewind_fraction=(0.0, 0.1, 0.2))),
     "dense_mutual": Contender(_dense_mutual, own=_COUPLINGS),
-    "uncoupled_pair": Contender(_uncoupled, _ANNEALED),
+    "uncoupled_annealed": Contender(_uncoupled, _ANNEALED),
     "uncoupled_averaged": Contender(_uncoupled, _AVERAGED, _TAILS),
     "free_tickets": Contender(_free_tickets, own=_try(explore=(0.3, 0.5, 0.7))),
     "d2_sparse": Contender(_d2_sparse, _AVERAGED, _TAILS),

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from experiments.pairs import PairOptions
-from experiments.task import TaskConfig, check_least
+from experiments.task import TaskConfig, check_effects, check_least
 
 ContenderName = Literal[
     "dense",
@@ -27,7 +27,7 @@ ContenderName = Literal[
     "imp",
     "imp_capped",
     "dense_mutual",
-    "uncoupled_pair",
+    "uncoupled_annealed",
     "uncoupled_averaged",
     "free_tickets",
     "d2_sparse",
@@ -58,8 +58,10 @@ class LowDataOptions(PairOptions, TaskConfig):
     """
 
     methods: tuple[ContenderName, ...] = _varied(CONTENDER_NAMES)  # what to compare
-    # Labels of every class, one table for each; none: those of --samples_per_class.
-    budgets: tuple[int, ...] = _varied((10, 50))
+    # Labels of every class, one table for each and 0 for all; none: 10 and 50.
+    budgets: tuple[int, ...] = _varied(())
+    # The same for a single budget, as other experiments have it.
+    samples_per_class: int | None = _varied(None)
     # Parts of the labels that are wrong, each for another column of robustness.
     label_noises: tuple[float, ...] = _varied(())
     # Imbalances of long tails, each for another column of robustness.
@@ -93,6 +95,24 @@ class LowDataOptions(PairOptions, TaskConfig):
     tuning_decays: tuple[float, ...] = (1e-5, 1e-2)  # weight decays, from and to
 
 
+def list_effects(config: LowDataOptions) -> dict[str, tuple[object, str]]:
+    """Flags that would have no effect, see `task.check_effects`.
+
+    Flags of single methods are none of them: they belong to the run directory, which
+    any methods can join later.
+    """
+    grouped, given = config.pattern in ("n_of_m", "blocks"), config.budgets
+    return {
+        "samples_per_class": (not given, f"since budgets are {given}"),
+        "label_noise": (False, "in whose place are label_noises"),
+        "imbalance": (False, "in whose place are imbalances"),
+        "trials": (config.tune, "which is for --tune"),
+        "tuning_seeds": (config.tune, "which is for --tune"),
+        "tuned": (not config.tune, "since --tune chooses the values"),
+        "group": (grouped, "which is for the patterns n_of_m and blocks"),
+    }
+
+
 def check_low_data(config: LowDataOptions) -> None:
     """Refuses flags that do not fit the benchmark.
 
@@ -112,6 +132,7 @@ def check_low_data(config: LowDataOptions) -> None:
             f"{config.validation_fraction}; tables show the test set"
         )
     check_least(config, {"trials": 1, "tuning_seeds": 1})
+    check_effects(config, list_effects(config))
     for severity in config.severities:
         if severity not in range(1, 6):
             raise ValueError(f"expected severities from 1 to 5, got {severity}")

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import jax
 
 from d2sparse import data, records
-from d2sparse.train import TrainState
+from d2sparse.train import Data, TrainState
 from experiments import units
 from experiments.few_labels.cells import Cell, Setting
 from experiments.few_labels.contenders import CONTENDERS, Base
 from experiments.few_labels.options import LowDataOptions
 from experiments.singles import Method
 from experiments.splits import draw_splits
-from experiments.task import make_task
+from experiments.task import Task, make_prunable, make_task
 from experiments.variants import Variant
 
 Values = Mapping[str, Any]  # Of flags, by their names.
@@ -57,10 +57,11 @@ class Planner:
         Raises:
           ValueError: a flag is out of its range.
         """
+        self._given = config
         self.config = dataclasses.replace(config, **setting.fields)
         self._first = draw_splits(self.config, source, seed=0).train
         classes = source.num_classes
-        task = make_task(self.config, self._first, classes, config.sparsity)
+        task = _make_task(self.config, self._first, classes)
         self.base = Base(task, len(self._first.labels), classes)
         self._made = functools.cache(self._make)
 
@@ -91,11 +92,16 @@ class Planner:
         self, method: str, fixed: tuple[tuple[str, Any], ...]
     ) -> tuple[LowDataOptions, Method]:
         contender = CONTENDERS[method]
-        own = {**contender.change(self.config, self.base), **dict(fixed)}
+        own = {**contender.change(self._given, self.base), **dict(fixed)}
         config = dataclasses.replace(self.config, **own)
         size, classes = self.base.samples, self.base.classes
-        task = make_task(config, self._first, classes, config.sparsity)
+        task = _make_task(config, self._first, classes)
         return config, contender.make(task, config, size)
+
+
+def _make_task(config: LowDataOptions, labelled: Data, num_classes: int) -> Task:
+    task = make_task(config, labelled, num_classes, config.sparsity)
+    return task._replace(prunable=make_prunable(config.prunable, task))
 
 
 def run_plans(

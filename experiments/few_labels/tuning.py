@@ -11,18 +11,18 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 from rich.console import Console
 
-from d2sparse import data, records
-from experiments import results
+from d2sparse import data, disk, records, schema
+from experiments import results, units
 from experiments.few_labels.cells import Cell, list_settings
 from experiments.few_labels.contenders import CONTENDERS
 from experiments.few_labels.options import LowDataOptions
 from experiments.few_labels.plans import Plan, Planner, Values, run_plans
+from experiments.task import check_choice
 
 Tuned = dict[str, dict[str, Values]]  # By method and labels per class.
 FILE = "tuned.json"
@@ -97,23 +97,30 @@ def tune(config: LowDataOptions, source: data.Source, workdir: str) -> Tuned:
     ]
     # The directory is that of the runs that follow, which validate on nothing.
     out = records.open_run(
-        workdir, dataclasses.replace(config, validation_fraction=0.0)
+        workdir, dataclasses.replace(config, validation_fraction=0.0), results.Finished
     )
-    trials = records.open_run(out.workdir / "tuning", own)
+    trials = records.open_run(out.workdir / "tuning", own, results.Finished)
     chosen = read_tuned(workdir)
-    rows = []
-    for planner, cell, plans in planned:
-        run_plans(planner.config, trials, source, plans, lambda *_: {})
-        tried = _rows(own, cell, plans, trials)
-        best = _best(cell, tried)
-        best["chosen"] = True
-        chosen.setdefault(cell.method, {})[cell.setting.name] = best["values"]
-        rows += tried
+    rows: list[dict[str, Any]] = []
+
+    def report() -> Mapping[str, Any]:
+        summary = {"config": dataclasses.asdict(own), "trials": rows}
+        trials.write_summary(summary)
+        trials.write_text("table.md", _table(rows) + "\n")
+        Console(soft_wrap=True).print(_table(rows))
+        return summary
+
+    with units.reporting(trials, report) as reported:
+        for planner, cell, plans in planned:
+            run_plans(planner.config, trials, source, plans, lambda *_: {})
+            tried = _rows(own, cell, plans, trials)
+            best = _best(cell, tried)
+            best["chosen"] = True
+            chosen.setdefault(cell.method, {})[cell.setting.name] = best["values"]
+            rows += tried
     out.write_text(FILE, json.dumps(chosen, indent=2, sort_keys=True) + "\n")
-    trials.write_summary({"config": dataclasses.asdict(own), "trials": rows})
-    table = _table(rows)
-    trials.write_text("table.md", table + "\n")
-    Console(soft_wrap=True).print(f"{table}\n\nThe choice is in {out.workdir / FILE}")
+    reported()
+    Console(soft_wrap=True).print(f"\nThe choice is in {out.workdir / FILE}")
     return chosen
 
 
@@ -130,19 +137,33 @@ def read_tuned(workdir: str, named: str = "") -> Tuned:
     Raises:
       ValueError: there is no such file, or it is another one.
     """
-    path = Path(named or Path(workdir, FILE)).expanduser()
+    if named:
+        path = disk.local_path(named, "--tuned")
+    else:
+        path = disk.local_path(workdir, "--workdir") / FILE
     if not named and not path.exists():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        _check_tuned(found)
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(
             f"expected a file of chosen values, got {path} ({error}); --tune writes one"
         ) from None
-    known = set(CONTENDERS)
-    if not isinstance(found, dict) or not set(found) <= known:
-        raise ValueError(f"expected values by method in {path}, got {found!r:.80}")
     return found
+
+
+def _check_tuned(found: Any) -> None:
+    """Raises ValueError where something is no value of a flag, by method and labels."""
+    kinds = get_type_hints(LowDataOptions)
+    for method, budgets in schema.parse(found, dict[str, dict[str, Any]]).items():
+        check_choice("method", method, CONTENDERS)
+        for budget, values in budgets.items():
+            if not budget.isdecimal():
+                raise ValueError(f"{method} has values for {budget!r}, not a number")
+            for name, value in schema.parse(values, dict[str, Any]).items():
+                check_choice("flag", name, kinds)
+                schema.parse({name: value}, dict[str, kinds[name]])
 
 
 def values_of(tuned: Mapping[str, Mapping[str, Values]], cell: Cell) -> Values:

@@ -10,7 +10,13 @@ from d2sparse import anytime, data
 from d2sparse.anytime import Dead, LevelSchedule, Stage, density
 from d2sparse.anytime.journeys import STAGE_SCHEDULES, StageSchedule
 from d2sparse.data import Replay, Stream
-from experiments.task import PrunableName, TaskConfig, check_choice, check_least
+from experiments.task import (
+    PrunableName,
+    TaskConfig,
+    check_choice,
+    check_effects,
+    check_least,
+)
 
 LearnerName = Literal[
     "dense",
@@ -38,7 +44,6 @@ CriterionName = Literal[
     "wanda",
 ]
 CRITERIA: tuple[CriterionName, ...] = get_args(CriterionName)
-_PAIRS = {"d2_sparse", "d2_consolidated"}
 _LEAST = {
     "epochs": 1,
     "steps": 0,
@@ -127,11 +132,7 @@ def check(config: StreamConfig) -> None:
     for name in config.methods:
         check_choice("methods", name, LEARNERS)
     _check_order(list(config.methods))
-    if config.prunable != "kernels" and (pairs := _PAIRS & set(config.methods)):
-        raise ValueError(
-            f"expected --prunable=kernels for {', '.join(sorted(pairs))}, got "
-            f"{config.prunable}"
-        )
+    check_effects(config, list_effects(config))
     for name, choices in {
         "criterion": CRITERIA,
         "scope": ("global", "leaf"),
@@ -151,6 +152,23 @@ def check(config: StreamConfig) -> None:
         if getattr(config, name) != value:
             given = getattr(config, name)
             raise ValueError(f"expected no --{name}, since {why}, got {given}")
+
+
+def list_effects(config: StreamConfig) -> dict[str, tuple[object, str]]:
+    """Flags whose effect others take away, see `task.check_effects`."""
+    found: dict[str, tuple[object, str]] = {
+        "epochs": (not config.steps, f"since steps are {config.steps}"),
+        "replay_size": (config.replay == "buffer", "which is for --replay=buffer"),
+        "replay_fraction": (
+            config.replay == "fraction",
+            "which is for --replay=fraction",
+        ),
+    }
+    if config.compat == "app-2022":
+        for flag, value in _RELEASED.items():
+            same = getattr(config, flag) == value
+            found[flag] = (same, f"which compat=app-2022 sets to {value}")
+    return found
 
 
 def _check_order(names: Sequence[str]) -> None:
@@ -197,7 +215,8 @@ def make_timetable(config: StreamConfig, labels: np.ndarray, seed: int) -> Timet
     """What a seed sees; it does not depend on the learner.
 
     Raises:
-      ValueError: the data cannot be cut, replayed or waited for like that, or a stage
+      ValueError: the data cannot be cut, replayed or waited for like that, a class
+        would never be trained on, nothing is held out to choose epochs by, or a stage
         does not fill one batch.
     """
     stream = data.cut_stream(
@@ -209,6 +228,7 @@ def make_timetable(config: StreamConfig, labels: np.ndarray, seed: int) -> Timet
         config.permuted,
     )
     arrived = data.accumulate(stream, config.wait)
+    _check_classes(config, labels, arrived)
     visible = data.visible(
         arrived, config.replay, seed, config.replay_size, config.replay_fraction
     )
@@ -218,6 +238,27 @@ def make_timetable(config: StreamConfig, labels: np.ndarray, seed: int) -> Timet
     smallest = min(len(own.train) for own in arrived)
     scored = max(int(config.score_fraction * smallest), 1)
     return Timetable(stream, arrived, visible, stages, scored)
+
+
+def _check_classes(config: StreamConfig, labels: np.ndarray, arrived: Stream) -> None:
+    """Every class is trained on at some time, and every stage can be validated."""
+    trained = np.concatenate([own.train for own in arrived])
+    if len(missing := np.setdiff1d(labels, labels[trained])):
+        raise ValueError(
+            "expected every class to be trained on at some time, got none of the "
+            f"examples of {missing.tolist()}, which come after the last megabatch that "
+            f"--wait={config.wait} trains on; choose a --wait that divides "
+            f"--megabatches={config.megabatches}, or --stratified"
+        )
+    if config.select != "best" or not config.stream_validation:
+        return
+    if not all(len(own.validation) for own in arrived):
+        raise ValueError(
+            "expected something to hold out of every megabatch, got "
+            f"--stream_validation={config.stream_validation} of "
+            f"{min(sum(map(len, own)) for own in arrived)} examples; raise it, lower "
+            "--megabatches, or choose --select=last"
+        )
 
 
 def app_densities(config: StreamConfig, stages: int) -> list[float]:

@@ -15,7 +15,7 @@ from d2sparse.masks import apply_masks
 from d2sparse.train import Data, TrainState
 from d2sparse.transforms import get_masks, set_masks
 from d2sparse.tree import PyTree
-from experiments import units
+from experiments import results, units
 from experiments.megabatches.learners import Learner
 from experiments.megabatches.options import Timetable
 from experiments.megabatches.scoring import Scorer, Scoring, fresh_weights
@@ -24,6 +24,19 @@ from experiments.task import Task
 
 _SAMPLE = 10  # Part of a seed, apart from those of `d2sparse.data.streams`.
 _SCORE, _ANEW = 1, 2  # What a key of a stage is for.
+
+
+class Stage(results.Finished):
+    """What is told of a stage."""
+
+    test_error: float
+    train_accuracy: float
+    validation_accuracy: float
+    gap: float
+    released_gap: float
+    density: float
+    layers: dict[str, float]
+    seen: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,19 +9,20 @@ import jax.numpy as jnp
 from d2sparse import distributions, masks, rules, tree
 from d2sparse.distributions import Distribution
 from d2sparse.masks import Selection
-from experiments.recipes.options import Options, read_table
+from experiments.recipes.options import MaskOptions, read_table
 from experiments.task import Task, make_prunable
 
 Shared = dict[str, Any]
 
 
-def make_shared(task: Task, options: Options, suited: Distribution) -> Shared:
+def make_shared(task: Task, options: MaskOptions, suited: Distribution) -> Shared:
     """The arguments of a rule that the flags ask for.
 
     Args:
       task: whose weights are pruned.
       options: the flags.
-      suited: the distribution where the flags name none.
+      suited: the distribution where the flags name none and weights live alone; whole
+        groups have the same sparsity in every leaf.
 
     Raises:
       ValueError: the distribution cannot stand beside a table of sparsities.
@@ -39,7 +40,7 @@ def make_shared(task: Task, options: Options, suited: Distribution) -> Shared:
     }
 
 
-def rehearse(task: Task, options: Options, arguments: Shared) -> None:
+def rehearse(task: Task, options: MaskOptions, arguments: Shared) -> None:
     """Draws a pattern, so that one that does not fit is refused before training.
 
     Raises:
@@ -58,9 +59,9 @@ def rehearse(task: Task, options: Options, arguments: Shared) -> None:
         raise ValueError(f"{error}, {hint}") from error
 
 
-def _make_distribution(options: Options, suited: Distribution) -> Distribution:
+def _make_distribution(options: MaskOptions, suited: Distribution) -> Distribution:
     named: dict[str, Distribution] = {
-        "auto": suited,
+        "auto": suited if options.pattern == "unstructured" else distributions.uniform,
         "global": distributions.global_,
         "uniform": distributions.uniform,
         "er": distributions.er,

@@ -38,10 +38,8 @@ ScoreName = Literal["magnitude", "random", "saliency", "gradient"]
 _CHOICES = {
     "distribution": get_args(DistributionName),
     "pattern": get_args(PatternName),
-    "score": get_args(ScoreName),
 }
 _LEAST = {
-    "group": 1,
     "backward_density": 1,
     "score_samples": 1,
     "power": 1,
@@ -50,8 +48,8 @@ _LEAST = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Flags that the recipes can be varied by."""
+class MaskOptions:
+    """Flags of the masks of all sparse methods."""
 
     # How layers share the live weights; auto is erk for static, set, rigl and
     # sparse_momentum, uniform for wanda, and global for all others.
@@ -62,6 +60,12 @@ class Options:
     pattern: PatternName = "unstructured"  # which weights live and die together
     group: int = 4  # m of n:m, in the pattern n_of_m and in sr_ste; side of blocks
     prunable: PrunableName = "kernels"  # body leaves the first layer and the head dense
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(MaskOptions):
+    """Flags that the recipes can be varied by."""
+
     score: ScoreName = "magnitude"  # what one_shot and gradual prune by
     # Part of the live weights that set, rigl, sparse_momentum and granet move at the
     # start; falls to 0 along a cosine.
@@ -77,19 +81,30 @@ class Options:
     threshold_decay: float = 0.03
 
 
-def check_options(options: Options) -> None:
-    """Refuses flags that are out of their range.
+def check_masks(options: MaskOptions) -> None:
+    """Refuses flags of masks that are out of their range.
 
     Raises:
       ValueError: naming the flag.
     """
     for name, choices in _CHOICES.items():
         check_choice(name, getattr(options, name), choices)
+    check_least(options, {"group": 1})
+    read_table(options.layer_sparsities)
+
+
+def check_options(options: Options) -> None:
+    """Refuses flags that are out of their range.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    check_masks(options)
+    check_choice("score", options.score, get_args(ScoreName))
     for name in ("drop_fraction", "prune_at", "start_sparsity"):
         if not 0 <= getattr(options, name) < 1:
             raise ValueError(f"expected {name} in [0, 1), got {getattr(options, name)}")
     check_least(options, _LEAST)
-    read_table(options.layer_sparsities)
 
 
 def read_table(entries: Iterable[str]) -> dict[str, float]:

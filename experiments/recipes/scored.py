@@ -101,7 +101,14 @@ def after_training(task: Task, options: Options, shared: Shared) -> Makers:
             rest = train_through(network.run, task.steps, network.settle)
             return rest(sessions, states, data)
 
-        return Method(network.init, fit, network.predict, network.costs, network.live)
+        return Method(
+            network.init,
+            fit,
+            network.predict,
+            network.costs,
+            network.live,
+            settle=network.settle,
+        )
 
     return {"wanda": wanda}
 

@@ -57,8 +57,9 @@ alone, to the bit. What the commands said is quoted.
 {trials}
 
 Every file of a checkpoint, in seven ways each, a kill at every seventh operation of a
-save, traps for unpickling, updates that are not finite, and bad flags of every
-experiment are in the tests: `tests/test_checkpoints.py`, `tests/test_faults.py`,
+save, traps for unpickling, some seventy damages of a run directory, updates that are
+not finite, and bad flags of every experiment are in the tests:
+`tests/test_checkpoints.py`, `tests/test_damage.py`, `tests/test_faults.py`,
 `tests/test_experiments.py`, `tests/test_prune.py`.
 """
 

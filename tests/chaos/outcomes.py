@@ -40,7 +40,7 @@ def _results(path: Path) -> Any:
 
 def _by_unit(path: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = collections.defaultdict(list)
-    for line in records.complete_lines(path):
+    for line in records.complete_lines(path) if path.exists() else []:
         found[json.loads(line)["unit"]].append(line)
     return found
 

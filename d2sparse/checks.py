@@ -1,0 +1,107 @@
+"""What every function asks of its arguments, refused with one sentence where it is not.
+
+A word in the place of a function, an integer in the place of a random key, a module in
+the place of a tree of arrays: without these checks they are found far from where they
+were given.
+"""
+
+import inspect
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_function(name: str, value: Any, takes: str, example: str) -> None:
+    """Raises where an argument is no function that can be called as it will be.
+
+    Args:
+      name: of the argument.
+      value: what was given for it.
+      takes: the arguments it is called with, separated by commas.
+      example: what could stand there.
+
+    Raises:
+      ValueError: it is no function, or takes other arguments: so does a function that
+        makes one and was not called, as `cosine` in the place of `cosine(0.3, 1000)`.
+
+    >>> check_function("score", abs, "params", "scores.magnitude")
+    """
+    if not callable(value):
+        raise ValueError(
+            f"expected a function as `{name}`, {takes} -> ..., such as `{example}`, "
+            f"got {value!r}"
+        )
+    try:
+        signature = inspect.signature(value)
+    except ValueError:  # Some built-in functions tell of no arguments.
+        return
+    try:
+        signature.bind(*takes.split(","))
+    except TypeError as error:
+        raise ValueError(
+            f"expected as `{name}` a function of ({takes}), such as `{example}`, got "
+            f"one of {signature}; call it first if it makes such a function"
+        ) from error
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raises where a number is known and not in its range, both ends included.
+
+    Raises:
+      ValueError: naming the argument.
+
+    >>> check_number("drop_fraction", 0.3, 0, 1)
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not is_number(value) or not low <= float(value) <= high:
+        raise ValueError(
+            f"expected a number in [{low:g}, {high:g}] as `{name}`, got {value!r}"
+        )
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raises where a number is no integer, or less than the least that makes sense.
+
+    Raises:
+      ValueError: naming the argument.
+
+    >>> check_whole("interval", 100, least=1)
+    """
+    if not is_number(value) or value != int(value) or value < least:
+        raise ValueError(
+            f"expected a whole number of at least {least} as `{name}`, got {value!r}"
+        )
+
+
+def check_key(key: Any) -> None:
+    """Raises where a random key is none; legacy keys of integers are keys as well.
+
+    Raises:
+      ValueError: saying how to make one.
+
+    >>> check_key(jax.random.key(0))
+    """
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and not (dtype == jnp.uint32 and jnp.ndim(key)):
+        raise ValueError(
+            f"expected a random key, got {key!r}; pass one such as `jax.random.key(0)`"
+        )
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is one number: of Python, NumPy or JAX, but no bool or string.
+
+    >>> is_number(0.9), is_number("0.9"), is_number([0.9])
+    (True, False, False)
+    """
+    if isinstance(value, numbers.Real):
+        return not isinstance(value, bool)
+    arrays = (np.ndarray, np.generic, jax.Array)
+    if not isinstance(value, arrays) or value.shape != ():
+        return False
+    return bool(jnp.issubdtype(value.dtype, jnp.number))
