@@ -38,7 +38,7 @@ from d2sparse.constraints.lottery import (
     iterative_magnitude,
     kept,
 )
-from d2sparse.constraints.masked import Pattern
+from d2sparse.constraints.masked import Structure
 from d2sparse.constraints.methods import METHODS, Method
 from d2sparse.constraints.options import Options
 from d2sparse.constraints.pacing import paced
@@ -52,8 +52,8 @@ __all__ = [
     "Method",
     "Moves",
     "Options",
-    "Pattern",
     "Rewinds",
+    "Structure",
     "ac_dc",
     "averaged",
     "consolidated",

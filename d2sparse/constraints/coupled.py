@@ -16,7 +16,7 @@ import optax
 from d2sparse import losses, metrics
 from d2sparse.constraints.averaging import averaged
 from d2sparse.constraints.growing import Moves, rigl
-from d2sparse.constraints.masked import Pattern, last_refresh
+from d2sparse.constraints.masked import Structure, last_refresh
 from d2sparse.constraints.pacing import paced
 from d2sparse.dual import Consolidation, Coupling, Dual, Trace, split_sparsity
 from d2sparse.dual.consolidation import begin_trace, consolidate
@@ -127,7 +127,7 @@ def paired(
     sparsity: float,
     learners: Learners | None = None,
     coupling: Coupling | None = None,
-    pattern: Pattern | None = None,
+    structure: Structure | None = None,
 ) -> Constraint:
     """D2-Sparse of two RigL networks that share the weights of one between them.
 
@@ -135,7 +135,7 @@ def paired(
       sparsity: fraction of zeros of one network that has the weights of both.
       learners: how they are trained.
       coupling: how they influence each other.
-      pattern: which masks are possible; shared by ERK if it names no distribution.
+      structure: which masks are possible; shared by ERK if it names no distribution.
 
     Raises:
       ValueError: an unknown preset, or an average of a pair that consolidates.
@@ -160,11 +160,11 @@ def paired(
         slow_moves = Moves(slower, 0.1 if two else 0.3, own.growth_samples)
         stays = () if own.preset == "symmetric" else (paced("constant"),)
         tail = (averaged(own.tail),) if own.preset == "averaged" else ()
-        fast = (*stays, rigl(halves.fast, fast_moves, pattern), *tail)
-        slow = (*stays, rigl(halves.slow, slow_moves, pattern), *tail)
+        fast = (*stays, rigl(halves.fast, fast_moves, structure), *tail)
+        slow = (*stays, rigl(halves.slow, slow_moves, structure), *tail)
         if two:
-            fast = (paced("constant", 0.5), rigl(halves.fast, fast_moves, pattern))
-            slow = (paced("cosine"), rigl(halves.slow, slow_moves, pattern))
+            fast = (paced("constant", 0.5), rigl(halves.fast, fast_moves, structure))
+            slow = (paced("cosine"), rigl(halves.slow, slow_moves, structure))
         elif own.preset == "symmetric":
             fast, slow = ((paced("cosine"), *side) for side in (fast, slow))
         if own.horizon is not None:
@@ -319,7 +319,7 @@ def _forward(two: Dual, coupling: Coupling, plain: Training) -> dict[str, Any]:
 
     def apply(
         params: Dual, model_state: Dual, x: Any, *, train: bool
-    ) -> tuple[Dual, Dual]:
+    ) -> tuple[Any, Dual]:
         shown = x if isinstance(x, Dual) else Dual(x, x)
         every_part = zip(two, params, model_state, shown, strict=True)
         both = [t.model.apply(p, s, own, train=train) for t, p, s, own in every_part]

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from d2sparse import distributions, rules
+from d2sparse import rules
 from d2sparse.constraints.growing import Moves
-from d2sparse.constraints.masked import Pattern, shared, under_masks, with_sparsity
+from d2sparse.constraints.masked import Structure, shared, under_masks, with_sparsity
 from d2sparse.models import Model
 from d2sparse.reparam import nonzero_masks
 from d2sparse.schedules import Step, at, every
@@ -44,7 +44,7 @@ def free_tickets(
     members: int = 2,
     explore: float = 0.5,
     moves: Moves | None = None,
-    pattern: Pattern | None = None,
+    structure: Structure | None = None,
 ) -> Constraint:
     """An ensemble out of one training, whose members share the weights of one network.
 
@@ -57,7 +57,7 @@ def free_tickets(
       members: how many there are, at least 1.
       explore: part of the training, in (0, 1), before the first one is annealed.
       moves: how the masks move until then.
-      pattern: which masks are possible; shared by ERK if it names no distribution.
+      structure: which masks are possible; shared by ERK if it names no distribution.
 
     Raises:
       ValueError: a number is out of its range; when applied, the training has too few
@@ -74,7 +74,7 @@ def free_tickets(
         starts, ends = _annealings(training.horizon, members, explore)
         first, escapes = starts[0], starts[1:]
         explores = every(chosen.interval, stop=first)
-        own = shared(training, pattern, distributions.erk)
+        own = shared(training, structure)
 
         def drop(step: Step) -> jax.Array:
             early = jnp.asarray(step) < first
@@ -130,7 +130,7 @@ def ensembled(training: Training, members: int) -> Training:
             return training.probabilities(outputs)
         each = [next(iter(training.probabilities(out).values())) for out in outputs]
         named = {f"member{n}": own for n, own in enumerate(each, start=1)}
-        return {"ensemble": sum(each) / len(each), **named}
+        return {"ensemble": jnp.mean(jnp.stack(each), axis=0), **named}
 
     def masks_of(state: TrainState) -> Masks:
         if not isinstance(state.params, Members):

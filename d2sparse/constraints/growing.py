@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from d2sparse import distributions, rules
+from d2sparse import rules
 from d2sparse.constraints.masked import (
-    Pattern,
+    Structure,
     refreshes,
     shared,
     under_masks,
@@ -34,16 +34,16 @@ class Moves(NamedTuple):
     growth_samples: int = 1024
 
 
-def static(sparsity: float, pattern: Pattern | None = None) -> Constraint:
+def static(sparsity: float, structure: Structure | None = None) -> Constraint:
     """Static sparse training: a random pattern that is kept.
 
     Args:
       sparsity: fraction of zeros among the prunable weights, in [0, 1).
-      pattern: which masks are possible; shared by ERK if it names no distribution.
+      structure: which masks are possible; shared by ERK if it names no distribution.
     """
 
     def constrained(training: Training) -> Training:
-        own = shared(training, pattern, distributions.erk)
+        own = shared(training, structure)
         sparse = with_sparsity(training, sparsity)
         return under_masks(
             sparse, "static", lambda s: rules.static(s["sparsity"], **own)
@@ -53,7 +53,7 @@ def static(sparsity: float, pattern: Pattern | None = None) -> Constraint:
 
 
 def set_(
-    sparsity: float, moves: Moves | None = None, pattern: Pattern | None = None
+    sparsity: float, moves: Moves | None = None, structure: Structure | None = None
 ) -> Constraint:
     """Sparse evolutionary training: small weights fall, random ones grow.
 
@@ -62,13 +62,13 @@ def set_(
     Args:
       sparsity: fraction of zeros among the prunable weights, in [0, 1).
       moves: how the masks move.
-      pattern: which masks are possible; shared by ERK if it names no distribution.
+      structure: which masks are possible; shared by ERK if it names no distribution.
     """
-    return _growing("set", rules.set_, sparsity, moves, pattern)
+    return _growing("set", rules.set_, sparsity, moves, structure)
 
 
 def rigl(
-    sparsity: float, moves: Moves | None = None, pattern: Pattern | None = None
+    sparsity: float, moves: Moves | None = None, structure: Structure | None = None
 ) -> Constraint:
     """RigL: small weights fall, those with the largest gradients grow.
 
@@ -76,14 +76,14 @@ def rigl(
     `set_`.
     """
     chosen = moves or Moves()
-    grow = _growing("rigl", rules.rigl, sparsity, chosen, pattern)
+    grow = _growing("rigl", rules.rigl, sparsity, chosen, structure)
     return lambda training: grow(training)._replace(
         growth_samples=chosen.growth_samples
     )
 
 
 def sparse_momentum(
-    sparsity: float, moves: Moves | None = None, pattern: Pattern | None = None
+    sparsity: float, moves: Moves | None = None, structure: Structure | None = None
 ) -> Constraint:
     """Small weights fall, those with the largest momentum of the gradient grow.
 
@@ -91,7 +91,9 @@ def sparse_momentum(
     `d2sparse.rules.sparse_momentum`. Every step needs the dense gradient. Arguments as
     in `set_`.
     """
-    grow = _growing("sparse_momentum", rules.sparse_momentum, sparsity, moves, pattern)
+    grow = _growing(
+        "sparse_momentum", rules.sparse_momentum, sparsity, moves, structure
+    )
     return lambda training: with_dense_gradient(grow(training))
 
 
@@ -111,12 +113,12 @@ def _growing(
     rule: Callable[..., MaskRule],
     sparsity: float,
     moves: Moves | None,
-    pattern: Pattern | None,
+    structure: Structure | None,
 ) -> Constraint:
     chosen = moves or Moves()
 
     def constrained(training: Training) -> Training:
-        own = shared(training, pattern, distributions.erk)
+        own = shared(training, structure)
         drop = cosine(chosen.drop_fraction, refresh_stop(training.horizon))
         when = refreshes(training, chosen.interval)
         sparse = with_sparsity(training, sparsity)

@@ -8,7 +8,7 @@ import optax
 
 from d2sparse import distributions, masks, reparam, rules, tree
 from d2sparse.constraints.growing import with_dense_gradient
-from d2sparse.constraints.masked import Pattern, shared, under_masks, with_sparsity
+from d2sparse.constraints.masked import Structure, shared, under_masks, with_sparsity
 from d2sparse.models import Model
 from d2sparse.rules import MaskRule
 from d2sparse.schedules import at, every
@@ -60,7 +60,7 @@ def sparse_by_value(effective: Effective) -> Constraint:
 
 
 def top_kast(
-    sparsity: float, backward_density: float = 2.0, pattern: Pattern | None = None
+    sparsity: float, backward_density: float = 2.0, structure: Structure | None = None
 ) -> Constraint:
     """Top-KAST: the largest weights are used, and some more of them are trained.
 
@@ -70,11 +70,12 @@ def top_kast(
     Args:
       sparsity: fraction of zeros that the forward pass sees, in [0, 1).
       backward_density: weights that are trained for each one that is used, at least 1.
-      pattern: which masks are possible; all leaves compete if it names no distribution.
+      structure: which masks are possible; all leaves compete if it names no
+        distribution.
     """
 
     def constrained(training: Training) -> Training:
-        own = shared(training, pattern, distributions.global_)
+        own = shared(training, structure)
         forward = rules.largest(sparsity, **own)
         density = min(backward_density * (1 - sparsity), 1.0)
 
@@ -165,7 +166,7 @@ def powerprop(
     sparsity: float,
     prune_at: float = 0.5,
     power: float = 2.0,
-    pattern: Pattern | None = None,
+    structure: Structure | None = None,
 ) -> Constraint:
     """Powerpropagation: weights are powers of what is trained, and are pruned once.
 
@@ -175,12 +176,13 @@ def powerprop(
       sparsity: fraction of zeros among the prunable weights, in [0, 1).
       prune_at: part of the training before the pruning, in [0, 1).
       power: alpha of `w = theta |theta|^(alpha - 1)`, at least 1.
-      pattern: which masks are possible; all leaves compete if it names no distribution.
+      structure: which masks are possible; all leaves compete if it names no
+        distribution.
     """
 
     def constrained(training: Training) -> Training:
         prunable = training.network.prunable
-        own = shared(training, pattern, distributions.global_)
+        own = shared(training, structure)
         powers = reparametrised(
             lambda params: reparam.powerprop(params, power, prunable),
             lambda params: reparam.powerprop_inverse(params, power, prunable),

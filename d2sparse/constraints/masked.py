@@ -16,7 +16,7 @@ from d2sparse.transforms import sparsify
 Wrap = Callable[..., optax.GradientTransformationExtraArgs]
 
 
-class Pattern(NamedTuple):
+class Structure(NamedTuple):
     """Which masks are possible, and how leaves share the live weights.
 
     Attributes:
@@ -29,19 +29,16 @@ class Pattern(NamedTuple):
     selection: Selection = masks.select
 
 
-def shared(
-    training: Training, pattern: Pattern | None, suited: Distribution
-) -> dict[str, Any]:
+def shared(training: Training, structure: Structure | None) -> dict[str, Any]:
     """The arguments that all rules have.
 
     Args:
       training: whose weights are pruned.
-      pattern: which masks are possible; None for all.
-      suited: the distribution where the pattern names none.
+      structure: which masks are possible; None for all.
     """
-    own = pattern or Pattern()
+    own = structure or Structure()
     return {
-        "distribution": own.distribution or suited,
+        "distribution": own.distribution,
         "prunable": training.network.prunable,
         "selection": own.selection,
     }

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from d2sparse import distributions, masks, scores
 from d2sparse.constraints.growing import Moves
 from d2sparse.constraints.lottery import Rewinds
-from d2sparse.constraints.masked import Pattern
+from d2sparse.constraints.masked import Structure
 from d2sparse.distributions import Distribution, check_sparsity
 from d2sparse.dual import Coupling
 from d2sparse.masks import Selection
@@ -89,9 +89,9 @@ class Options:
                 )
 
     @property
-    def masks(self) -> Pattern:
+    def masks(self) -> Structure:
         """Which masks are possible."""
-        return Pattern(self._distribution(), self._selection())
+        return Structure(self._distribution(), self._selection())
 
     @property
     def moves(self) -> Moves:

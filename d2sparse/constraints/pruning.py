@@ -1,11 +1,13 @@
 """Dense at first, and pruned while the weights train."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
-from d2sparse import distributions, rules, scores
+from d2sparse import rules, scores
 from d2sparse.constraints.growing import Moves
 from d2sparse.constraints.masked import (
-    Pattern,
+    Structure,
     last_refresh,
     refreshes,
     shared,
@@ -22,7 +24,7 @@ def one_shot(
     sparsity: float,
     prune_at: float = 0.5,
     score: Score = scores.magnitude,
-    pattern: Pattern | None = None,
+    structure: Structure | None = None,
 ) -> Constraint:
     """Pruned once, in the middle of a training that goes on under the masks.
 
@@ -30,11 +32,12 @@ def one_shot(
       sparsity: fraction of zeros among the prunable weights, in [0, 1).
       prune_at: part of the training before the pruning, in [0, 1).
       score: which weights matter.
-      pattern: which masks are possible; all leaves compete if it names no distribution.
+      structure: which masks are possible; all leaves compete if it names no
+        distribution.
     """
 
     def constrained(training: Training) -> Training:
-        own = shared(training, pattern, distributions.global_)
+        own = shared(training, structure)
         when = at([int(prune_at * training.horizon)])
         return under_masks(
             with_sparsity(training, sparsity),
@@ -50,7 +53,7 @@ def gradual(
     sparsity: float,
     interval: int = 100,
     score: Score = scores.magnitude,
-    pattern: Pattern | None = None,
+    structure: Structure | None = None,
 ) -> Constraint:
     """Gradual pruning: the sparsity rises along a cubic in the first three quarters.
 
@@ -60,11 +63,12 @@ def gradual(
       sparsity: fraction of zeros at the end, in [0, 1).
       interval: steps between two prunings.
       score: which weights matter.
-      pattern: which masks are possible; all leaves compete if it names no distribution.
+      structure: which masks are possible; all leaves compete if it names no
+        distribution.
     """
 
     def constrained(training: Training) -> Training:
-        own = shared(training, pattern, distributions.global_)
+        own = shared(training, structure)
         last, when = last_refresh(training, interval), refreshes(training, interval)
         return under_masks(
             with_sparsity(training, sparsity),
@@ -77,7 +81,7 @@ def gradual(
 
 
 def movement(
-    sparsity: float, interval: int = 100, pattern: Pattern | None = None
+    sparsity: float, interval: int = 100, structure: Structure | None = None
 ) -> Constraint:
     """Gradual pruning of the weights that training moved most towards zero.
 
@@ -86,7 +90,7 @@ def movement(
     """
 
     def constrained(training: Training) -> Training:
-        own = shared(training, pattern, distributions.global_)
+        own = shared(training, structure)
         last, when = last_refresh(training, interval), refreshes(training, interval)
         return under_masks(
             with_sparsity(training, sparsity),
@@ -102,7 +106,7 @@ def granet(
     sparsity: float,
     start_sparsity: float = 0.5,
     moves: Moves | None = None,
-    pattern: Pattern | None = None,
+    structure: Structure | None = None,
 ) -> Constraint:
     """GraNet: gradual pruning of a sparse network whose masks move as in RigL.
 
@@ -113,19 +117,20 @@ def granet(
       start_sparsity: of the random pattern that training begins with; at most
         `sparsity` counts.
       moves: how the masks move.
-      pattern: which masks are possible; all leaves compete if it names no distribution.
+      structure: which masks are possible; all leaves compete if it names no
+        distribution.
     """
     chosen = moves or Moves()
 
     def constrained(training: Training) -> Training:
-        own = shared(training, pattern, distributions.global_)
+        own = shared(training, structure)
         last = last_refresh(training, chosen.interval)
         when = refreshes(training, chosen.interval)
         drop = cosine(chosen.drop_fraction, refresh_stop(training.horizon))
 
         def rule(settings: Settings) -> MaskRule:
             goal = settings["sparsity"]
-            begin = jnp.minimum(start_sparsity, goal)
+            begin: Any = jnp.minimum(start_sparsity, goal)
             return rules.granet(cubic(goal, last, start=begin), drop, **own)
 
         sparse = with_sparsity(training, sparsity)
@@ -135,7 +140,7 @@ def granet(
     return constrained
 
 
-def ac_dc(sparsity: float, pattern: Pattern | None = None) -> Constraint:
+def ac_dc(sparsity: float, structure: Structure | None = None) -> Constraint:
     """AC/DC: dense and sparse phases by turns, sparse at the end.
 
     Five phases in the first three quarters of the training. From Peste et al.
@@ -143,11 +148,12 @@ def ac_dc(sparsity: float, pattern: Pattern | None = None) -> Constraint:
 
     Args:
       sparsity: fraction of zeros in sparse phases, in [0, 1).
-      pattern: which masks are possible; all leaves compete if it names no distribution.
+      structure: which masks are possible; all leaves compete if it names no
+        distribution.
     """
 
     def constrained(training: Training) -> Training:
-        own = shared(training, pattern, distributions.global_)
+        own = shared(training, structure)
         length = max(refresh_stop(training.horizon) // 6, 1)
         last = 5 * length
         if last >= training.horizon:

@@ -1,14 +1,14 @@
 """Pruned by scores on the training data: before training, or in its middle."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from d2sparse import distributions, lottery, masks, rules, scores
-from d2sparse.constraints.masked import Pattern, shared, under_masks
-from d2sparse.distributions import Distribution, hand_out
+from d2sparse.constraints.masked import Structure, shared, under_masks
+from d2sparse.distributions import hand_out
 from d2sparse.losses import cross_entropy
 from d2sparse.masks import dense_masks
 from d2sparse.models import taps
@@ -32,7 +32,7 @@ MakeScore = Callable[[Training, TrainState, Data], Score]
 
 
 def snip(
-    sparsity: float, samples: int = 256, pattern: Pattern | None = None
+    sparsity: float, samples: int = 256, structure: Structure | None = None
 ) -> Constraint:
     """SNIP: pruned at initialisation by the saliency of weights on some examples.
 
@@ -41,7 +41,8 @@ def snip(
     Args:
       sparsity: fraction of zeros among the prunable weights, in [0, 1).
       samples: examples that are looked at, drawn by the key of the run.
-      pattern: which masks are possible; all leaves compete if it names no distribution.
+      structure: which masks are possible; all leaves compete if it names no
+        distribution.
     """
 
     def score(training: Training, state: TrainState, data: Data) -> Score:
@@ -52,11 +53,11 @@ def snip(
 
         return scores.snip(loss, [_pair(training, data)])
 
-    return _before_training("snip", score, sparsity, samples, pattern)
+    return _before_training("snip", score, sparsity, samples, structure)
 
 
 def grasp(
-    sparsity: float, samples: int = 256, pattern: Pattern | None = None
+    sparsity: float, samples: int = 256, structure: Structure | None = None
 ) -> Constraint:
     """GraSP: pruned at initialisation by what keeps the gradient flowing.
 
@@ -68,11 +69,11 @@ def grasp(
         predict = _logits(training, state, train=True)
         return scores.grasp(predict, [_pair(training, data)])
 
-    return _before_training("grasp", score, sparsity, samples, pattern)
+    return _before_training("grasp", score, sparsity, samples, structure)
 
 
 def fisher(
-    sparsity: float, samples: int = 256, pattern: Pattern | None = None
+    sparsity: float, samples: int = 256, structure: Structure | None = None
 ) -> Constraint:
     """Pruned at initialisation by the empirical Fisher information of weights.
 
@@ -83,10 +84,10 @@ def fisher(
         predict = _logits(training, state, train=False)
         return scores.fisher(predict, [_pair(training, data)])
 
-    return _before_training("fisher", score, sparsity, samples, pattern)
+    return _before_training("fisher", score, sparsity, samples, structure)
 
 
-def synflow(sparsity: float, pattern: Pattern | None = None) -> Constraint:
+def synflow(sparsity: float, structure: Structure | None = None) -> Constraint:
     """SynFlow: pruned at initialisation by synaptic flow, in a hundred iterations.
 
     From Tanaka et al. (arXiv 2006.05467), see `d2sparse.scores.synflow`. It looks at no
@@ -97,14 +98,14 @@ def synflow(sparsity: float, pattern: Pattern | None = None) -> Constraint:
         shape = training.inputs(data, None).shape[1:]
         return scores.synflow(_logits(training, state, train=False), shape)
 
-    return _before_training("synflow", score, sparsity, 1, pattern)
+    return _before_training("synflow", score, sparsity, 1, structure)
 
 
 def wanda(
     sparsity: float,
     prune_at: float = 0.5,
     samples: int = 256,
-    pattern: Pattern | None = None,
+    structure: Structure | None = None,
 ) -> Constraint:
     """Wanda: pruned once by weights times the norms of their inputs.
 
@@ -115,14 +116,15 @@ def wanda(
       sparsity: fraction of zeros among the prunable weights, in [0, 1).
       prune_at: part of the training before the pruning, in [0, 1).
       samples: examples whose activations are looked at, drawn by the key of the run.
-      pattern: which masks are possible; uniform if it names no distribution.
+      structure: which masks are possible; uniform if it names no distribution.
     """
 
     def constrained(training: Training) -> Training:
-        own = shared(training, pattern, distributions.uniform)
+        own = shared(training, structure)
+        own["distribution"] = own["distribution"] or distributions.uniform
         is_global = own["distribution"] is distributions.global_
         if own["selection"] is masks.select and not is_global:
-            own |= {"selection": per_output}
+            own["selection"] = per_output
 
         def prune(progress: Progress, data: Data, program: Program) -> Progress:
             state = progress.state
@@ -148,13 +150,12 @@ def _before_training(
     score: MakeScore,
     sparsity: float,
     samples: int,
-    pattern: Pattern | None,
+    structure: Structure | None,
 ) -> Constraint:
-    distribution: Distribution = distributions.global_
     iterations = SYNFLOW_ITERATIONS if who == "synflow" else 1
 
     def constrained(training: Training) -> Training:
-        own = shared(training, pattern, distribution)
+        own = shared(training, structure)
 
         def prune(progress: Progress, data: Data, program: Program) -> Progress:
             progress = first.enter(progress, data, program)
@@ -184,6 +185,7 @@ def per_output(
     left over, and others what an output has not enough eligible weights for.
     """
     del tie_key
+    assert isinstance(counts, Mapping)
     return {
         path: _largest_of_each(score, counts[path]) for path, score in scores.items()
     }

@@ -89,11 +89,11 @@ def fit_together(
             continue
         own = [watches[i] for i in going]
         states = _take_steps(
-            program.of(number).run,
+            program.of(number),
             [runs[i] for i in going],
             [data[i] for i in going],
             own,
-            phase._replace(training=phase.training or program.training),
+            phase,
         )
         for i, state in zip(going, states, strict=True):
             runs[i] = runs[i]._replace(state=state)
@@ -112,7 +112,7 @@ def _enter(
 
 
 def _take_steps(
-    run: Any,
+    program: Program,
     runs: Sequence[Progress],
     data: Sequence[Data],
     watches: Sequence[Watch],
@@ -142,11 +142,11 @@ def _take_steps(
     states = [progress.state for progress in runs]
     pending = [watch.logs for watch in watches]
     end = take_steps(
-        run,
+        program.run,
         states[0] if alone else stack_runs(states),
         data[0] if alone else stack_runs(data),
         phase.stop,
-        phase.training.batch_size,
+        program.training.batch_size,
         every=first.every,
         report=report,
         save=save,

@@ -60,7 +60,8 @@ def make_program(
 
     @functools.cache
     def made(number: int) -> Program:
-        phases, own = training.phases, training.phases[number].training
+        phases = training.phases
+        own = phases[number].training or training
         for earlier in range(number):
             if phases[earlier].training is own:
                 return made(earlier)

@@ -20,7 +20,7 @@ from d2sparse.train.state import Data, Metrics, TrainState
 from d2sparse.tree import Prunable, PyTree, is_kernel
 
 Settings = Mapping[str, Any]  # Numbers by name; inside of a step they are traced.
-Key = jax.Array | int
+Key = Any  # A random key, or a seed; of a pair, those of its parts.
 
 
 class Context(NamedTuple):
