@@ -207,5 +207,5 @@ def test_leaves_that_are_no_arrays_are_named(leaf):
 
 @pytest.mark.parametrize("predicate", ["kernel", None, lambda path: True])
 def test_a_predicate_that_is_none_is_refused(predicate):
-    with pytest.raises(ValueError, match="`prunable`|path, leaf"):
+    with pytest.raises(ValueError, match=r"`prunable`|path, leaf"):
         tree.prunable_leaves(params(), predicate)
