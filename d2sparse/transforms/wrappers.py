@@ -253,7 +253,7 @@ def _placed_as(mask: jax.Array, param: Any) -> jax.Array:
 def _are_revived(masks: PyTree, params: PyTree) -> jax.Array:
     """bool[leaves], which of them have pruned weights that are not 0."""
     pairs = zip(jax.tree.leaves(masks), jax.tree.leaves(params), strict=True)
-    found = [jnp.any(~mask & (param != 0)) for mask, param in pairs]
+    found = [jnp.any((mask == 0) & (param != 0)) for mask, param in pairs]
     return jnp.stack(found) if found else jnp.zeros(0, bool)
 
 
