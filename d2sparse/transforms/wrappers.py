@@ -54,7 +54,8 @@ def sparsify(
 
     Args:
       inner: any Optax optimiser without masks of its own, except `sm3`, `lbfgs`,
-        `flatten` and `lookahead`, which `init` refuses. Its `init` is called at every update.
+        `flatten` and `lookahead`, which `init` refuses. Its `init` is called at every
+        update.
       rule: how masks begin and change, such as `rigl(sparsity=0.9)`.
       when: step -> bool, when the masks are refreshed; `every(100)` if not given.
       key: seed or random key of the rule, of any algorithm; may be traced. The state
