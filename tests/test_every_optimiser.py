@@ -166,6 +166,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 # What Optax cannot do under masks: the sentence that `init` or `update` says.
 REFUSED = {
     "lbfgs": r"maps over its own state with `optax.tree.map_params`",
+    "scale_by_backtracking_linesearch": r"maps over its own state with `optax.tree",
     "scale_by_zoom_linesearch": r"maps over its own state with `optax.tree.map_params`",
     "sm3": r"maps over its own state with `optax.tree.map_params`",
     "scale_by_sm3": r"maps over its own state with `optax.tree.map_params`",
@@ -195,7 +196,6 @@ BY_DEFAULT = """adam adagrad adafactor rprop noisy_sgd lbfgs cocob dog galore ma
     apply_if_finite"""
 # What they are given beside gradients.
 NEEDS = {
-    "scale_by_backtracking_linesearch": ("value", "grad", "value_fn"),
     "polyak_sgd": ("value",),
     "scale_by_polyak": ("value",),
     "momo": ("value",),
