@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from d2sparse.records import reading
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -30,6 +32,15 @@ def unit_files(workdir):
 
 def results(workdir, method, seeds):
     return [read(workdir / "units" / f"{method}-seed{seed}.json") for seed in seeds]
+
+
+def reseal(path, change):
+    """Changes the results of a unit on file, as if the unit had found others."""
+    found = read(path)
+    change(found)
+    own = {key: value for key, value in found.items() if key != "seal"}
+    found["seal"]["results"] = reading.digest_of(own)
+    path.write_text(json.dumps(found))
 
 
 def table_rows(workdir):

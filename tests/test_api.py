@@ -27,7 +27,7 @@ GROUND = [
     "rules",
     "losses",
 ]
-GROUND += ["metrics", "macs", "transforms", "reparam", "packing"]
+GROUND += ["checks", "metrics", "macs", "transforms", "reparam", "packing"]
 MODULES = [m.name for m in pkgutil.walk_packages(d2sparse.__path__, "d2sparse.")]
 NEVER_ON_IMPORT = {
     *("flax", "matplotlib", "orbax", "sklearn", "tabulate", "tensorboardX"),

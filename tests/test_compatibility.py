@@ -142,6 +142,19 @@ def test_flax_nnx_models_train_a_given_ticket():
     assert jnp.all((params["conv"]["kernel"] != 0) == live["conv"]["kernel"])
 
 
+def test_masks_of_an_nnx_optimizer_say_how_they_are_applied():
+    model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, SPARSE, wrt=nnx.Param)
+    with pytest.raises(ValueError, match=r"same paths in other nodes.*to_pure_dict"):
+        apply_masks(nnx.state(model, nnx.Param), get_masks(optimizer.opt_state))
+
+
+@pytest.mark.parametrize("rule", [d2sparse.rigl(0.8), d2sparse.static(0.8)])
+def test_unfiltered_equinox_modules_are_named(rule):
+    with pytest.raises(ValueError, match=r"expected arrays as parameters.*eqx\.filter"):
+        sparsify(optax.adamw(1e-2), rule).init(EquinoxNet(jax.random.key(0)))
+
+
 class EquinoxNet(eqx.Module):
     conv: eqx.nn.Conv2d
     norm: eqx.nn.LayerNorm

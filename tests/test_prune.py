@@ -862,7 +862,7 @@ def test_networks_without_weights_are_in_the_table_and_not_in_the_figure(
     emptied, drawn = shutil.copytree(swept[0], tmp_path / "run"), []
     for seed in SEEDS:
         path = unit_files(emptied)[f"static-0.75-seed{seed}"]
-        path.write_text(json.dumps(read(path) | {"sparsity": 1.0}))
+        runs.reseal(path, lambda found: found.update(sparsity=1.0))
     draw = prune.plots.accuracy_against_sparsity
     monkeypatch.setattr(
         prune.plots,

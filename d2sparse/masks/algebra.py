@@ -101,6 +101,13 @@ def refuse_other_paths(masks: PyTree, like: PyTree) -> None:
             f"{sorted(missing)} and unknown ones for {sorted(unknown)}; take the masks "
             "from the state of these parameters"
         )
+    if not gaps | others:
+        raise ValueError(
+            "expected masks of the structure of the parameters, got the same paths in "
+            f"other nodes: {type(masks).__name__} and {type(like).__name__}, or nodes "
+            "inside of them; make them alike, states of Flax NNX by "
+            "`nnx.to_pure_dict` of both"
+        )
 
 
 def is_gap(node: Any) -> bool:

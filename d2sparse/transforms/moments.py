@@ -108,8 +108,8 @@ def refuse_unfit(
             "expected an inner optimiser that maps over its own state with "
             "`optax.tree.map_params`, so that what it holds of pruned weights can be "
             f"reset, got {type(error).__name__}: {error}; take another optimiser than "
-            "`optax.sm3`, and leave out wrappers that change the tree of parameters, "
-            "such as `optax.flatten`"
+            "`sm3` and those with a line search, such as `lbfgs`, and leave out "
+            "wrappers that change the tree of parameters, such as `optax.flatten`"
         ) from error
 
 

@@ -221,7 +221,7 @@ _KEEP_SPARSE = (
 
 
 def _is_revived(mask: Any, param: Any) -> bool:
-    return bool(np.any(~np.asarray(mask) & (np.asarray(param) != 0)))
+    return bool(np.any((np.asarray(mask) == 0) & (np.asarray(param) != 0)))
 
 
 def _noted_paths(noted: jax.Array, masks: PyTree) -> list[str]:

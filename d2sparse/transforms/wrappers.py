@@ -53,8 +53,9 @@ def sparsify(
       never where the rule observes something else than the gradient.
 
     Args:
-      inner: any Optax optimiser without masks of its own, except `sm3`, `flatten` and
-        `lookahead`, which `init` refuses. Its `init` is called at every update.
+      inner: any Optax optimiser without masks of its own, except `sm3`, `lbfgs`,
+        `flatten` and `lookahead`, which `init` refuses. Its `init` is called at every
+        update.
       rule: how masks begin and change, such as `rigl(sparsity=0.9)`.
       when: step -> bool, when the masks are refreshed; `every(100)` if not given.
       key: seed or random key of the rule, of any algorithm; may be traced. The state
@@ -270,7 +271,7 @@ def _no_nan(params: PyTree) -> jax.Array:
 def _are_revived(masks: PyTree, params: PyTree) -> jax.Array:
     """bool[leaves], which of them have pruned weights that are not 0."""
     pairs = zip(jax.tree.leaves(masks), jax.tree.leaves(params), strict=True)
-    found = [jnp.any(~mask & (param != 0)) for mask, param in pairs]
+    found = [jnp.any((mask == 0) & (param != 0)) for mask, param in pairs]
     return jnp.stack(found) if found else jnp.zeros(0, bool)
 
 
