@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 
 from d2sparse.train import (
@@ -41,6 +42,9 @@ def averaged(tail: float = 0.25) -> Constraint:
 
         def finish(progress: Progress, data: Data, program: Program) -> TrainState:
             state = training.finish(progress, data, program)
+            known = not isinstance(state.step, jax.core.Tracer)
+            if known and int(state.step) <= begin:
+                return state  # The average begins with the weights after that step.
             params = get_average(state.opt_state)
             statistics = program.statistics(params, state.model_state, data, state.key)
             return state._replace(params=params, model_state=statistics)

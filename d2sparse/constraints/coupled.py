@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from d2sparse import losses, metrics
+from d2sparse import losses, metrics, rules
 from d2sparse.constraints.averaging import averaged
-from d2sparse.constraints.growing import Moves, rigl
-from d2sparse.constraints.masked import Structure, last_refresh
+from d2sparse.constraints.growing import Moves, moving
+from d2sparse.constraints.masked import Structure
 from d2sparse.constraints.pacing import paced
 from d2sparse.dual import Consolidation, Coupling, Dual, Trace, split_sparsity
 from d2sparse.dual.consolidation import begin_trace, consolidate
@@ -152,6 +152,12 @@ def paired(
             "one, got preset averaged; choose --preset=fast_slow"
         )
 
+    def grown(sparsity: float, moves: Moves) -> Constraint:
+        grow = moving("rigl", rules.rigl, sparsity, moves, structure)
+        return lambda training: grow(training)._replace(
+            growth_samples=moves.growth_samples
+        )
+
     def constrained(training: Training) -> Training:
         halves = split_sparsity(training.network.weights, sparsity)
         two = own.preset == "fast_slow"
@@ -160,11 +166,11 @@ def paired(
         slow_moves = Moves(slower, 0.1 if two else 0.3, own.growth_samples)
         stays = () if own.preset == "symmetric" else (paced("constant"),)
         tail = (averaged(own.tail),) if own.preset == "averaged" else ()
-        fast = (*stays, rigl(halves.fast, fast_moves, structure), *tail)
-        slow = (*stays, rigl(halves.slow, slow_moves, structure), *tail)
+        fast = (*stays, grown(halves.fast, fast_moves), *tail)
+        slow = (*stays, grown(halves.slow, slow_moves), *tail)
         if two:
-            fast = (paced("constant", 0.5), rigl(halves.fast, fast_moves, structure))
-            slow = (paced("cosine"), rigl(halves.slow, slow_moves, structure))
+            fast = (paced("constant", 0.5), grown(halves.fast, fast_moves))
+            slow = (paced("cosine"), grown(halves.slow, slow_moves))
         elif own.preset == "symmetric":
             fast, slow = ((paced("cosine"), *side) for side in (fast, slow))
         if own.horizon is not None:
@@ -192,7 +198,6 @@ def consolidated(sparsity: float, horizon: float, interval: int = 100) -> Constr
         raise ValueError(f"expected a horizon of at least 1 step, got {horizon}")
 
     def constrained(training: Training) -> Training:
-        last_refresh(training, interval)
         when = every(interval, refresh_stop(training.horizon))
         how = Consolidation(sparsity, 1 - 1 / horizon, when)
         claimed = claim(training, "the masks", "consolidated")

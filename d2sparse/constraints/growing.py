@@ -6,14 +6,14 @@ from typing import NamedTuple
 from d2sparse import rules
 from d2sparse.constraints.masked import (
     Structure,
-    refreshes,
+    last_refresh,
     shared,
     under_masks,
     with_sparsity,
 )
 from d2sparse.masks import dense_masks
 from d2sparse.rules import MaskRule
-from d2sparse.schedules import cosine, refresh_stop
+from d2sparse.schedules import cosine, every, refresh_stop
 from d2sparse.train import Constraint, Masks, Training, TrainState
 
 
@@ -108,6 +108,36 @@ def with_dense_gradient(training: Training) -> Training:
     return training._replace(masks=masks)
 
 
+def moving(
+    who: str,
+    rule: Callable[..., MaskRule],
+    sparsity: float,
+    moves: Moves | None = None,
+    structure: Structure | None = None,
+) -> Constraint:
+    """A random pattern that a rule moves; a short training may have no refresh.
+
+    Args:
+      who: decides the masks, as errors name it.
+      rule: (sparsity, drop fraction, ...) -> rule, such as `rules.rigl`.
+      sparsity: fraction of zeros among the prunable weights, in [0, 1).
+      moves: how the masks move.
+      structure: which masks are possible; shared by ERK if it names no distribution.
+    """
+    chosen = moves or Moves()
+
+    def constrained(training: Training) -> Training:
+        own = shared(training, structure)
+        stop = refresh_stop(training.horizon)
+        drop, when = cosine(chosen.drop_fraction, stop), every(chosen.interval, stop)
+        sparse = with_sparsity(training, sparsity)
+        return under_masks(
+            sparse, who, lambda s: rule(s["sparsity"], drop, **own), when
+        )
+
+    return constrained
+
+
 def _growing(
     who: str,
     rule: Callable[..., MaskRule],
@@ -115,15 +145,10 @@ def _growing(
     moves: Moves | None,
     structure: Structure | None,
 ) -> Constraint:
-    chosen = moves or Moves()
+    constraint = moving(who, rule, sparsity, moves, structure)
 
     def constrained(training: Training) -> Training:
-        own = shared(training, structure)
-        drop = cosine(chosen.drop_fraction, refresh_stop(training.horizon))
-        when = refreshes(training, chosen.interval)
-        sparse = with_sparsity(training, sparsity)
-        return under_masks(
-            sparse, who, lambda s: rule(s["sparsity"], drop, **own), when
-        )
+        last_refresh(training, (moves or Moves()).interval)  # Raises if there is none.
+        return constraint(training)
 
     return constrained

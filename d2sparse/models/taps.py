@@ -82,7 +82,8 @@ def offset(apply: Callable[..., Any]) -> Callable[..., Any]:
     >>> x = jnp.ones((2, 8, 8, 1))
     >>> params, state = model.init(jax.random.key(0), x)
     >>> def loss(offsets):
-    ...     return jnp.sum(offset(model.apply)(offsets, params, state, x, train=False)[0])
+    ...     logits, _ = offset(model.apply)(offsets, params, state, x, train=False)
+    ...     return jnp.sum(logits)
     >>> jax.grad(loss)({"head": jnp.zeros((2, 3))})["head"].tolist()
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """

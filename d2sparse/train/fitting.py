@@ -25,6 +25,7 @@ class Watch(NamedTuple):
       save_every: steps between two calls of `save`; None for none but at an end.
       save: called with the progress and the metrics since the last report: all that is
         needed to resume. It must not keep the state.
+      begun: called with the progress where a phase has been entered, or a run resumed.
       ended: called with the progress and the title at the end of each titled phase.
       interrupted: whether to stop; asked between two steps on CPU, between two reports
         or saves on accelerators.
@@ -35,6 +36,7 @@ class Watch(NamedTuple):
     report: Callable[[Progress, dict[str, float]], None] = lambda progress, logs: None
     save_every: int | None = None
     save: Callable[[Progress, Logs], None] = lambda progress, logs: None
+    begun: Callable[[Progress], None] = lambda progress: None
     ended: Callable[[Progress, str], None] = lambda progress, title: None
     interrupted: Callable[[], bool] = lambda: False
     logs: Mapping[str, list[Any]] = {}
@@ -87,6 +89,8 @@ def fit_together(
         going = [i for i, run in enumerate(runs) if int(run.phase) == number]
         if not going:
             continue
+        for i in going:
+            watches[i].begun(runs[i])
         own = [watches[i] for i in going]
         states = _take_steps(
             program.of(number),

@@ -1,5 +1,6 @@
 """The training that constraints begin with: a classifier, cross-entropy, one phase."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from d2sparse.train.cost import live_masks, same_masks, step_macs
 from d2sparse.train.optimizers import make_optimizer
 from d2sparse.train.state import Data, Metrics, TrainState, init_state, inputs, take
 from d2sparse.train.training import Context, Key, Network, Phase, Settings, Training
-from d2sparse.tree import Prunable, is_kernel
+from d2sparse.tree import Prunable, PyTree, is_kernel
 
 SCHEDULES: dict[str, Callable[[Any, int], optax.Schedule]] = {
     "cosine": optax.cosine_decay_schedule,
@@ -65,7 +66,8 @@ def plain(model: Model, like: Data, recipe: Recipe | None = None) -> Training:
 
     >>> import numpy as np
     >>> from d2sparse import data, models, train
-    >>> split = data.Split(np.zeros((4, 8, 8, 1), np.uint8), np.arange(4, dtype="int32"))
+    >>> images, labels = np.zeros((4, 8, 8, 1), np.uint8), np.arange(4, dtype="int32")
+    >>> split = data.Split(images, labels)
     >>> model = models.lenet_300_100(num_classes=4)
     >>> training = plain(model, train.to_device(split), Recipe(steps=10))
     >>> training.network.weights, training.phases[0].stop
@@ -135,8 +137,17 @@ def init_training(
 
 
 def describe(model: Model, like: Data, prunable: Prunable = is_kernel) -> Network:
-    """Shapes and costs of a network for data of a form."""
-    x = jax.eval_shape(lambda: inputs(take(like, jnp.arange(1))))
+    """Shapes and costs of a network for data of a form, which may be abstract."""
+    x = jax.eval_shape(lambda data: inputs(take(data, jnp.arange(1))), like)
+    params, costs = _shapes_and_macs(model, x.shape, x.dtype)
+    return Network(params, costs, prunable)
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes_and_macs(
+    model: Model, shape: tuple[int, ...], dtype: Any
+) -> tuple[PyTree, dict[str, int]]:
+    x = jax.ShapeDtypeStruct(shape, dtype)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
 
     def apply(variables: Any, x: jax.Array) -> jax.Array:
@@ -144,8 +155,7 @@ def describe(model: Model, like: Data, prunable: Prunable = is_kernel) -> Networ
 
     costs = macs.forward_macs(apply, variables, x)
     params = variables[0]
-    by_leaf = {path: costs[f"0/{path}"] for path in tree.flatten(params)}
-    return Network(params, by_leaf, prunable)
+    return params, {path: costs[f"0/{path}"] for path in tree.flatten(params)}
 
 
 def _check_recipe(recipe: Recipe) -> None:
