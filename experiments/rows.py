@@ -1,4 +1,4 @@
-"""A row of METHODS as a method of the experiments: constraints on the task's training."""
+"""Constraints on the training of a task, as a method that the experiments run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2sparse.constraints import METHODS, Options, from_ticket
+from d2sparse.constraints import from_ticket
 from d2sparse.train import (
     Constraint,
     Data,
@@ -25,20 +25,6 @@ from d2sparse.train import (
 from experiments.session import Session
 from experiments.singles import NO_SETTINGS, Method, Settings
 from experiments.task import Task
-
-
-def make_row(name: str, task: Task, options: Options) -> Method:
-    """A method by its name.
-
-    Args:
-      name: of METHODS; the flags that it sets are set already.
-      task: what every method is given.
-      options: of the methods; the refresh interval is known.
-
-    Raises:
-      ValueError: an option is out of its range, or does not fit the network.
-    """
-    return make_method(task, METHODS[name].constraints(options))
 
 
 def make_method(task: Task, constraints: Sequence[Constraint]) -> Method:

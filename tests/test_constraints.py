@@ -1,4 +1,4 @@
-"""Every method of METHODS: trains, resumes to the bit from any phase, counts its cost."""
+"""Every method trains, resumes to the bit from any phase, and counts its cost."""
 
 import functools
 

@@ -30,6 +30,7 @@ FLOORS = {
     "dual": 5,
     "lottery": 5,
     "checkpoint": 5,
+    "constraints": 6,
     "records": 6,
     "plots": 6,
     "__init__": 7,

@@ -38,7 +38,7 @@ from d2sparse.constraints.lottery import (
     iterative_magnitude,
     kept,
 )
-from d2sparse.constraints.masked import Structure
+from d2sparse.constraints.masked import Structure, last_refresh
 from d2sparse.constraints.methods import METHODS, Method
 from d2sparse.constraints.options import Options
 from d2sparse.constraints.pacing import paced
@@ -68,6 +68,7 @@ __all__ = [
     "grasp",
     "iterative_magnitude",
     "kept",
+    "last_refresh",
     "movement",
     "one_shot",
     "paced",

@@ -148,7 +148,8 @@ def _growing(
     constraint = moving(who, rule, sparsity, moves, structure)
 
     def constrained(training: Training) -> Training:
-        last_refresh(training, (moves or Moves()).interval)  # Raises if there is none.
+        # Raises where there is no refresh.
+        last_refresh(training.horizon, (moves or Moves()).interval)
         return constraint(training)
 
     return constrained

@@ -85,17 +85,20 @@ def refreshes(training: Training, interval: int) -> When:
     Raises:
       ValueError: there is no refresh.
     """
-    last_refresh(training, interval)
+    last_refresh(training.horizon, interval)
     return every(interval, refresh_stop(training.horizon))
 
 
-def last_refresh(training: Training, interval: int) -> int:
-    """The last step at which masks are refreshed.
+def last_refresh(steps: int, interval: int) -> int:
+    """The last step at which masks are refreshed, in a training of some steps.
 
     Raises:
       ValueError: there is none.
+
+    >>> last_refresh(steps=100, interval=20)
+    60
     """
-    stop = refresh_stop(training.horizon)
+    stop = refresh_stop(steps)
     last = (stop - 1) // interval * interval
     if last < 1:
         raise ValueError(

@@ -158,8 +158,9 @@ METHODS: Mapping[str, Method] = {
     ),
     "dense_mutual": Method(_mutual, tries=_TEACHING),
     "dense_ensemble": Method(lambda o: (coupled((), (), UNCOUPLED),)),
-    "uncoupled_pair": Method(_uncoupled, _ANNEALED),
-    "uncoupled_averaged": Method(_uncoupled, tries=_TAILS),
+    "uncoupled_pair": Method(_uncoupled),
+    "uncoupled_annealed": Method(_uncoupled, _ANNEALED),
+    "uncoupled_averaged": Method(_uncoupled, {"preset": "averaged"}, _TAILS),
     "d2_sparse": Method(lambda o: (_pair(o),), tries=_TAILS),
     "d2_annealed": Method(lambda o: (_pair(o),), _ANNEALED, _TEACHING),
     "d2_views": Method(

@@ -69,7 +69,8 @@ def gradual(
 
     def constrained(training: Training) -> Training:
         own = shared(training, structure)
-        last, when = last_refresh(training, interval), refreshes(training, interval)
+        last = last_refresh(training.horizon, interval)
+        when = refreshes(training, interval)
         return under_masks(
             with_sparsity(training, sparsity),
             "gradual",
@@ -91,7 +92,8 @@ def movement(
 
     def constrained(training: Training) -> Training:
         own = shared(training, structure)
-        last, when = last_refresh(training, interval), refreshes(training, interval)
+        last = last_refresh(training.horizon, interval)
+        when = refreshes(training, interval)
         return under_masks(
             with_sparsity(training, sparsity),
             "movement",
@@ -124,7 +126,7 @@ def granet(
 
     def constrained(training: Training) -> Training:
         own = shared(training, structure)
-        last = last_refresh(training, chosen.interval)
+        last = last_refresh(training.horizon, chosen.interval)
         when = refreshes(training, chosen.interval)
         drop = cosine(chosen.drop_fraction, refresh_stop(training.horizon))
 

@@ -11,7 +11,7 @@ from d2sparse.constraints.masked import Structure, shared, under_masks
 from d2sparse.distributions import hand_out
 from d2sparse.losses import cross_entropy
 from d2sparse.masks import dense_masks
-from d2sparse.models import taps
+from d2sparse.models import Model, taps
 from d2sparse.scores import Score
 from d2sparse.train import (
     Constraint,
@@ -46,7 +46,7 @@ def snip(
     """
 
     def score(training: Training, state: TrainState, data: Data) -> Score:
-        predict = _logits(training, state, train=True)
+        predict = make_logits(training.model, state.model_state, train=True)
 
         def loss(params: PyTree, batch: Any) -> jax.Array:
             return jnp.mean(cross_entropy(predict(params, batch[0]), batch[1]))
@@ -66,7 +66,7 @@ def grasp(
     """
 
     def score(training: Training, state: TrainState, data: Data) -> Score:
-        predict = _logits(training, state, train=True)
+        predict = make_logits(training.model, state.model_state, train=True)
         return scores.grasp(predict, [_pair(training, data)])
 
     return _before_training("grasp", score, sparsity, samples, structure)
@@ -81,7 +81,7 @@ def fisher(
     """
 
     def score(training: Training, state: TrainState, data: Data) -> Score:
-        predict = _logits(training, state, train=False)
+        predict = make_logits(training.model, state.model_state, train=False)
         return scores.fisher(predict, [_pair(training, data)])
 
     return _before_training("fisher", score, sparsity, samples, structure)
@@ -96,7 +96,9 @@ def synflow(sparsity: float, structure: Structure | None = None) -> Constraint:
 
     def score(training: Training, state: TrainState, data: Data) -> Score:
         shape = training.inputs(data, None).shape[1:]
-        return scores.synflow(_logits(training, state, train=False), shape)
+        return scores.synflow(
+            make_logits(training.model, state.model_state, train=False), shape
+        )
 
     return _before_training("synflow", score, sparsity, 1, structure)
 
@@ -130,9 +132,7 @@ def wanda(
             state = progress.state
             t = program.training
             x = t.inputs(_sample(state, data, samples), None)
-            apply = taps.read(t.model.apply)
-            _, found = apply(state.params, state.model_state, x, train=False)
-            entering = {f"{path}/kernel": tap.input for path, tap in found.items()}
+            entering = kernel_inputs(t.model, state.params, state.model_state, x)
             rule = rules.one_shot(sparsity, scores.wanda(entering), **own)
             pruned = lottery.rewind(state, _prune_once(state, rule))
             return progress._replace(state=pruned)
@@ -207,15 +207,24 @@ def _prune_once(state: TrainState, rule: rules.MaskRule) -> PyTree:
     return rule.update(live, state.params, None, 0, jax.random.key(0))
 
 
-def _logits(
-    training: Training, state: TrainState, train: bool
+def make_logits(
+    model: Model, model_state: PyTree, train: bool
 ) -> Callable[[PyTree, jax.Array], jax.Array]:
-    """`(params, x) -> logits` of a network, with the statistics of a state."""
+    """`(params, x) -> logits` of a network, with given statistics."""
 
     def logits(params: PyTree, x: jax.Array) -> jax.Array:
-        return training.model.apply(params, state.model_state, x, train=train)[0]
+        return model.apply(params, model_state, x, train=train)[0]
 
     return logits
+
+
+def kernel_inputs(
+    model: Model, params: PyTree, model_state: PyTree, x: jax.Array
+) -> dict[str, jax.Array]:
+    """What enters the layers of a network: float[batch, ..., features] by kernel."""
+    read = taps.read(model.apply)
+    _, found = read(params, model_state, x, train=False)
+    return {f"{path}/kernel": tap.input for path, tap in found.items()}
 
 
 def _sample(state: TrainState, data: Data, samples: int) -> Data:

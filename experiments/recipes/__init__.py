@@ -44,7 +44,9 @@ def make_method(name: str, task: Task, options: Options) -> Method:
         rehearse(task, options, shared)
     own = make_options(task, options)
     if name == "sr_ste":
-        rehearse(task, options, make_shared(task, _as_groups(options), distributions.uniform))
+        rehearse(
+            task, options, make_shared(task, _as_groups(options), distributions.uniform)
+        )
     tail = (averaged(task.averaging),) if task.averaging else ()
     return under(task, (*constraints.METHODS[name].constraints(own), *tail))
 
