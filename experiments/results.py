@@ -34,6 +34,7 @@ class Rounds(TypedDict):
 
 
 _DIFFERENCES = (
+    "to_first",
     *("to_dense", "to_random", "to_rigl", "to_imp"),
     *("to_uncoupled", "to_half"),
 )

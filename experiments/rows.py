@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2sparse.constraints import from_ticket
+from d2sparse.constraints import averaged, from_ticket
 from d2sparse.train import (
     Constraint,
     Data,
@@ -64,6 +64,11 @@ def make_method(task: Task, constraints: Sequence[Constraint]) -> Method:
         run=program.run if len(training.phases) == 1 else None,
         settle=settle,
     )
+
+
+def average_of(task: Task) -> tuple[Constraint, ...]:
+    """The average of the weights, where the task asks for one."""
+    return (averaged(task.averaging),) if task.average_from is not None else ()
 
 
 def plain_training(task: Task) -> Training:

@@ -8,8 +8,29 @@ import numpy as np
 import pytest
 
 from d2sparse import data, models, train
-from d2sparse.constraints import METHODS, Options
-from d2sparse.train import Recipe, Watch, constrain, make_program, plain
+from d2sparse.constraints import (
+    METHODS,
+    Moves,
+    Options,
+    averaged,
+    coupled,
+    iterative_magnitude,
+    rigl,
+    static,
+)
+from d2sparse.dual import Coupling
+from d2sparse.models import taps
+from d2sparse.train import (
+    Phase,
+    Recipe,
+    Watch,
+    constrain,
+    end,
+    fit_phases,
+    fit_together,
+    make_program,
+    plain,
+)
 
 STEPS = 24
 OPTIONS = Options(
@@ -22,12 +43,29 @@ OPTIONS = Options(
 )
 
 
+# Those that have phases, a state or a loss of their own; the others are slow-marked,
+# since the experiments train them too.
+BY_DEFAULT = {
+    *("rigl", "imp", "soup", "swamp", "free_tickets", "snip", "str"),
+    *("self_distilled", "d2_sparse", "d2_consolidated", "d2_merged"),
+}
+NAMES = [
+    pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow)
+    for name in METHODS
+]
+
+
 @functools.cache
 def digits():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (32, 4, 4, 1)).astype(np.uint8)
     labels = np.arange(32, dtype=np.int32) % 4
     return train.to_device(data.Split(images, labels))
+
+
+def start(**recipe):
+    model = models.make_model("lenet_300_100", 4, 0.04)
+    return plain(model, digits(), Recipe(steps=STEPS, batch_size=8, **recipe))
 
 
 @functools.cache
@@ -37,9 +75,7 @@ def program(name):
     recipe = {k: v for k, v in method.sets.items() if k in Recipe._fields}
     own = {k: v for k, v in method.sets.items() if k not in Recipe._fields}
     options = Options(**{**vars(OPTIONS), **own})
-    model = models.make_model("lenet_300_100", 4, 0.04)
-    start = plain(model, digits(), Recipe(steps=STEPS, batch_size=8, **recipe))
-    return make_program(constrain(start, *method.constraints(options)))
+    return make_program(constrain(start(**recipe), *method.constraints(options)))
 
 
 def begin(name, seed=0):
@@ -58,7 +94,7 @@ def trained(name):
         logs.append(means)
 
     watch = Watch(every=5, report=report, save_every=4, save=save)
-    end = train.fit_phases(program(name), begin(name), digits(), watch)
+    end = fit_phases(program(name), begin(name), digits(), watch)
     return end, saved, logs
 
 
@@ -75,7 +111,7 @@ def _plain(x):
     return jax.random.key_data(x) if is_key else x
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_method_trains_predicts_and_counts_its_cost(name):
     own, (end, _, logs) = program(name), trained(name)
     state = own.training.finish(end, digits(), own)
@@ -90,11 +126,88 @@ def test_every_method_trains_predicts_and_counts_its_cost(name):
         assert jax.tree.map(jnp.shape, live) == sizes
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_method_resumes_to_the_bit(name):
     own, (end, saved, _) = program(name), trained(name)
     assert len(saved) >= 5
     for progress, logs in saved[:: max(len(saved) // 3, 1)]:
         copied = jax.tree.map(jnp.copy, progress)
-        again = train.fit_phases(own, copied, digits(), Watch(every=5, logs=logs))
+        again = fit_phases(own, copied, digits(), Watch(every=5, logs=logs))
         assert same(again, end)
+
+
+def test_two_that_decide_the_masks_are_refused_by_a_sentence_with_both_names():
+    with pytest.raises(ValueError, match=r"decides the masks, got static and rigl"):
+        constrain(start(), static(0.5), rigl(0.5, Moves(4)))
+    with pytest.raises(ValueError, match=r"train in one phase"):
+        constrain(start(), coupled((iterative_magnitude(0.5),), (), Coupling()))
+
+
+def test_what_a_constraint_does_not_name_it_leaves_alone():
+    training = start()
+    changed = {
+        name
+        for name in training._fields
+        if getattr(averaged()(training), name) is not getattr(training, name)
+    }
+    assert changed == {"transform", "finish"}
+
+
+def test_runs_in_one_program_are_those_alone():
+    own, many = program("imp"), [begin("imp", 0), begin("imp", 1)]
+    watches = [Watch(), Watch()]
+    ends = fit_together(own, many, [digits(), digits()], watches)
+    alone = fit_phases(own, begin("imp", 0), digits())
+    for a, b in zip(
+        jax.tree.leaves(ends[0].state.params),
+        jax.tree.leaves(alone.state.params),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_phase_may_end_the_training():
+    def enough(progress, data, program):
+        return end(progress)
+
+    phases = (Phase(8), Phase(16, enough), Phase(24))
+    short = make_program(start()._replace(phases=phases))
+    last = fit_phases(short, short.init(jax.random.key(0), digits()), digits())
+    assert int(last.state.step) == 8
+
+
+def test_growth_is_charged_where_it_happens():
+    training = constrain(start(), rigl(0.5, Moves(4, growth_samples=16)))
+    own = make_program(training)
+    costs = []
+    watch = Watch(every=1, report=lambda progress, logs: costs.append(logs["macs"]))
+    fit_phases(own, own.init(jax.random.key(0), digits()), digits(), watch)
+    plain_cost, refreshes = costs[0], [4, 8, 12, 16]  # In the first three quarters.
+    dense = training.network.dense_macs
+    for step, cost in enumerate(costs):
+        grown = 16 / 8 * (2 * plain_cost / 3 + dense) if step in refreshes else 0
+        np.testing.assert_allclose(cost, plain_cost + grown, rtol=1e-6)
+
+
+def test_gradients_at_taps_are_finite_differences():
+    model = models.make_model("lenet_300_100", 4, 0.04)
+    x = jax.random.normal(jax.random.key(1), (2, 4, 4, 1))
+    params, state = model.init(jax.random.key(0), x)
+    _, found = taps.read(model.apply)(params, state, x, train=False)
+    zeros = {path: jnp.zeros_like(tap.output) for path, tap in found.items()}
+
+    def loss(offsets):
+        apply = taps.offset(model.apply)
+        return jnp.sum(apply(offsets, params, state, x, train=False)[0] ** 2)
+
+    slope = jax.grad(loss)(zeros)["dense2"][1, 2]
+    step = 1e-2
+    moved = [
+        loss({**zeros, "dense2": zeros["dense2"].at[1, 2].set(sign * step)})
+        for sign in (1, -1)
+    ]
+    np.testing.assert_allclose((moved[0] - moved[1]) / (2 * step), slope, rtol=1e-2)
+    with pytest.raises(ValueError, match="expected layers of the network"):
+        taps.replace(model.apply, {"no": lambda tap: tap.output})(
+            params, state, x, train=False
+        )

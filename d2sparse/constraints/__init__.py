@@ -39,7 +39,7 @@ from d2sparse.constraints.lottery import (
     kept,
 )
 from d2sparse.constraints.masked import Structure, last_refresh
-from d2sparse.constraints.methods import METHODS, Method
+from d2sparse.constraints.methods import METHODS, MIXES, Method
 from d2sparse.constraints.options import Options
 from d2sparse.constraints.pacing import paced
 from d2sparse.constraints.pruning import ac_dc, gradual, granet, movement, one_shot
@@ -48,6 +48,7 @@ from d2sparse.constraints.soups import souped, swamp
 
 __all__ = [
     "METHODS",
+    "MIXES",
     "Learners",
     "Method",
     "Moves",

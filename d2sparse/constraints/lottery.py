@@ -22,7 +22,7 @@ from d2sparse.train import (
     Training,
     TrainState,
 )
-from d2sparse.transforms import freeze, get_masks, sparsify
+from d2sparse.transforms import freeze, get_average, get_masks, sparsify
 
 
 class Rewinds(NamedTuple):
@@ -83,7 +83,7 @@ def iterative_magnitude(
             del data, program
             early, state = progress.memory["early"], progress.state
             masks = lottery.prune_live(
-                state.params,
+                get_average(state.opt_state, state.params),  # What counts of a round.
                 get_masks(state.opt_state),
                 sparsity,
                 training.network.prunable,

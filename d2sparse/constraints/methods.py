@@ -95,6 +95,13 @@ _STAYS = {"schedule": "constant"}  # An average needs a learning rate that stays
 _ANNEALED = {"preset": "symmetric"}
 _FOLLOWED = {"preset": "fast_slow"}
 
+# What every method can be mixed with.
+MIXES: Mapping[str, Method] = {
+    "averaged": Method(lambda o: (averaged(o.tail),), _STAYS, _TAILS),
+    "sharp": Method(lambda o: (), {"sharpness": 0.05}, _RADII),
+    "smoothed": Method(lambda o: (), {"label_smoothing": 0.1}),
+}
+
 METHODS: Mapping[str, Method] = {
     "dense": Method(lambda o: ()),
     "dense_smoothed": Method(

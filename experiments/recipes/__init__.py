@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 from d2sparse import constraints, distributions
-from d2sparse.constraints import averaged
 from experiments.recipes.arguments import make_shared, rehearse
 from experiments.recipes.options import (
     LEARNED_SPARSITY,
@@ -13,6 +12,7 @@ from experiments.recipes.options import (
     RecipeName,
     check_options,
 )
+from experiments.rows import average_of
 from experiments.rows import make_method as under
 from experiments.singles import Method
 from experiments.task import Task
@@ -47,8 +47,8 @@ def make_method(name: str, task: Task, options: Options) -> Method:
         rehearse(
             task, options, make_shared(task, _as_groups(options), distributions.uniform)
         )
-    tail = (averaged(task.averaging),) if task.averaging else ()
-    return under(task, (*constraints.METHODS[name].constraints(own), *tail))
+    chosen = constraints.METHODS[name].constraints(own)
+    return under(task, (*chosen, *average_of(task)))
 
 
 def make_options(task: Task, options: Any) -> constraints.Options:
