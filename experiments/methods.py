@@ -7,8 +7,11 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
-from d2sparse import constraints, distributions, lottery, rules
+import jax
+
+from d2sparse import distributions, lottery, rules
 from d2sparse.lottery import Hunt
+from d2sparse.masks import dense_masks
 from d2sparse.train import Data, Runner, TrainState
 from experiments.pairs import (
     Choices,
@@ -19,10 +22,16 @@ from experiments.pairs import (
 )
 from experiments.recipes.arguments import make_shared, rehearse
 from experiments.recipes.options import MaskOptions
-from experiments.rows import average_of
-from experiments.rows import make_method as under
 from experiments.session import Session
-from experiments.singles import Method, Recipe, single
+from experiments.singles import (
+    NO_SETTINGS,
+    Method,
+    Recipe,
+    Settings,
+    make_network,
+    rewind_step,
+    single,
+)
 from experiments.task import Task
 
 MethodName = Literal[
@@ -45,9 +54,41 @@ def imp(task: Task, rounds: int, rewind_fraction: float, masks: MaskOptions) -> 
                 f"expected no {flag} of imp, in which all weights compete one by one, "
                 f"got {value}; leave imp or the flag away"
             )
-    rewinds = constraints.Rewinds(rewind_fraction)
-    pruned = constraints.iterative_magnitude(task.sparsity, rounds, rewinds)
-    return under(task, (pruned, *average_of(task)))
+    step = rewind_step(rewind_fraction, task.steps)
+    network = make_network(task, Recipe(rules.fixed(dense_masks(task.params))))
+    sparsities = lottery.round_sparsities(task.sparsity, rounds)
+
+    def init(key: jax.Array, data: Data, settings: Settings = NO_SETTINGS) -> Hunt:
+        return lottery.begin_hunt(network.init(key, data, settings))
+
+    def fit(
+        sessions: Sequence[Session], hunts: Sequence[Hunt], data: Sequence[Data]
+    ) -> list[TrainState]:
+        return [
+            network.settle(
+                hunt_tickets(
+                    session,
+                    network.run,
+                    hunt,
+                    own,
+                    task.steps,
+                    step,
+                    sparsities,
+                    prunable=task.prunable,
+                ),
+                own,
+            )
+            for session, hunt, own in zip(sessions, hunts, data, strict=True)
+        ]
+
+    return Method(
+        init,
+        fit,
+        network.predict,
+        network.costs,
+        state=_in_training,
+        settle=network.settle,
+    )
 
 
 def hunt_tickets(
@@ -113,3 +154,7 @@ def make_method(
     if name not in builders:
         raise ValueError(f"expected a method of {', '.join(METHODS)}, got {name!r}")
     return builders[name]()
+
+
+def _in_training(hunt: Hunt) -> TrainState:
+    return hunt.state

@@ -14,13 +14,13 @@ import runs
 from runs import modified, read, unit_files, without_time
 
 from d2sparse import data, macs, models, records, scores, train, tree
-from d2sparse.constraints.scored import kernel_inputs, per_output
 from d2sparse.lottery import Ticket
 from d2sparse.reparam import powerprop
 from d2sparse.transforms import get_masks
 from experiments import prune, units
 from experiments.prune import Config, Point
 from experiments.recipes import LEARNED_SPARSITY, RECIPES, Options, make_method
+from experiments.recipes.scored import kernel_inputs, per_output
 from experiments.session import Ledger
 from experiments.splits import draw_splits
 from experiments.task import default_workdir, make_prunable, make_task

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import optax
 
 from d2sparse import dual, rules
-from d2sparse.constraints import last_refresh
 from d2sparse.masks import dense_masks
 from d2sparse.schedules import cosine, cubic, every, refresh_stop
 from d2sparse.train import Runner, TrainState
@@ -20,6 +19,7 @@ from experiments.megabatches.options import (
     released,
 )
 from experiments.pairs import PairOptions, make_choices, sparse_pair
+from experiments.recipes.groups import last_refresh
 from experiments.singles import Method, Network, Recipe, make_network
 from experiments.task import Task
 
@@ -110,7 +110,7 @@ def _single(task: Task, recipe: Recipe, config: StreamConfig) -> Learner:
 
 def _moving(name: str, task: Task) -> Recipe:
     """What is pruned within the stages, by the step of the whole stream."""
-    stop, last = refresh_stop(task.steps), last_refresh(task.steps, task.interval)
+    stop, last = refresh_stop(task.steps), last_refresh(task)
     when = every(task.interval, stop=stop)
     options = {"prunable": task.prunable}
     if name == "gradual":

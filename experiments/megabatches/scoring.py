@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2sparse import macs, scores, train, tree
-from d2sparse.constraints.scored import (
-    SYNFLOW_ITERATIONS,
-    kernel_inputs,
-    make_logits,
-)
 from d2sparse.losses import cross_entropy
 from d2sparse.masks import apply_masks
 from d2sparse.scores import Score
 from d2sparse.train import Data, TrainState
 from d2sparse.tree import PyTree
+from experiments.recipes.scored import (
+    SYNFLOW_ITERATIONS,
+    kernel_inputs,
+    make_logits,
+)
 from experiments.task import Task
 
 _GRADIENTS: dict[str, Score] = {
@@ -100,9 +100,7 @@ def make_scorer(task: Task, criterion: str, batch_size: int) -> Scorer:
             return Scoring(_GRADIENTS[criterion], grads, 1, spent)
         if criterion == "synflow":
             shape = sample.images.shape[1:]
-            score = scores.synflow(
-                make_logits(task.model, state.model_state, train=False), shape
-            )
+            score = scores.synflow(make_logits(task, state, train=False), shape)
             # One example of ones, in place of the sample.
             spent = cost(masks, SYNFLOW_ITERATIONS)
             return Scoring(score, None, SYNFLOW_ITERATIONS, spent)
@@ -133,13 +131,9 @@ def _score_on(
     x = train.inputs(sample)
     batch = (x, sample.labels)
     if criterion == "grasp":
-        return scores.grasp(
-            make_logits(task.model, state.model_state, train=True), [batch]
-        )
+        return scores.grasp(make_logits(task, state, train=True), [batch])
     if criterion == "fisher":
-        return scores.fisher(
-            make_logits(task.model, state.model_state, train=False), [batch]
-        )
+        return scores.fisher(make_logits(task, state, train=False), [batch])
     return scores.wanda(kernel_inputs(task.model, live, state.model_state, x))
 
 
