@@ -11,7 +11,7 @@ from d2sparse import losses, metrics, scores, tree
 from d2sparse.data import Augment
 from d2sparse.dual.consolidation import begin_trace, consolidate
 from d2sparse.dual.pair import Consolidation, Coupling, Dual, get_pair_masks
-from d2sparse.masks import Selection, apply_masks, count, select
+from d2sparse.masks import Selection, count, select
 from d2sparse.train import (
     Data,
     Metrics,
@@ -24,7 +24,7 @@ from d2sparse.train import (
     step_keys,
     take,
 )
-from d2sparse.transforms import get_masks, set_masks
+from d2sparse.transforms import get_masks, set_masks, zero_pruned
 from d2sparse.tree import Prunable, PyTree, is_kernel
 
 
@@ -73,7 +73,7 @@ def init_pair(
             peer = get_masks(fast.opt_state)
             apart = (coupling.masks, mask_key, prunable, selection)
             masks = _apart(masks, peer, *apart)
-        params = apply_masks(slow.params, masks)
+        params = zero_pruned(slow.params, set_masks(opt_state, masks))
         # Once more, since a state may hold copies of the weights, such as an average.
         opt_state = set_masks(tx.slow.init(params), masks)
         slow = slow._replace(params=params, opt_state=opt_state)
@@ -255,11 +255,11 @@ def _views(
 
 
 def _logs(logits: Dual, labels: jax.Array) -> Metrics:
-    both = jax.nn.softmax(logits.fast) + jax.nn.softmax(logits.slow)
+    fast, slow = (jax.nn.softmax(x.astype(jnp.float32)) for x in logits)
     return {
         "loss": jnp.mean(losses.cross_entropy(logits.fast, labels)),
         "loss_slow": jnp.mean(losses.cross_entropy(logits.slow, labels)),
-        "train_accuracy": metrics.accuracy(both, labels),
+        "train_accuracy": metrics.accuracy(fast + slow, labels),
         "disagreement": metrics.disagreement(logits.fast, logits.slow),
     }
 

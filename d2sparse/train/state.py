@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from d2sparse.data import Split, channel_statistics, standardize
-from d2sparse.masks import apply_masks
 from d2sparse.models import Model
-from d2sparse.transforms import get_masks, sparse_states
+from d2sparse.transforms import zero_pruned
 from d2sparse.tree import PyTree
 
 Metrics = dict[str, jax.Array]
@@ -128,11 +127,9 @@ def init_state(
     init_key, run_key = jax.random.split(key)
     params, model_state = model.init(init_key, inputs(take(data, jnp.arange(1))))
     opt_state = tx.init(params)
-    if sparse_states(opt_state):
-        params = apply_masks(params, get_masks(opt_state))
     return TrainState(
         jnp.zeros((), jnp.int32),
-        params,
+        zero_pruned(params, opt_state),
         model_state,
         opt_state,
         run_key,
