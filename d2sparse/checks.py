@@ -103,9 +103,27 @@ def check_whole(name: str, value: Any, least: int) -> None:
     """
     if isinstance(value, jax.core.Tracer):
         return
-    if not is_number(value) or value != value // 1 or value < least:
+    if not is_whole(value) or value < least:
         raise ValueError(
             f"expected a whole number of at least {least} as `{name}`, got {value!r}"
+        )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises where a value is no number of entries: of arrays, by their type alone.
+
+    Raises:
+      ValueError: naming the argument.
+
+    >>> check_count("k", 100)
+    """
+    if isinstance(value, jax.Array):
+        valid = value.shape == () and jnp.issubdtype(value.dtype, jnp.integer)
+    else:
+        valid = is_whole(value) and value >= 0
+    if not valid:
+        raise ValueError(
+            f"expected a whole number of entries, at least 0, as {name}, got {value!r}"
         )
 
 
@@ -157,3 +175,12 @@ def is_number(value: Any) -> bool:
     if not isinstance(value, arrays) or value.shape != ():
         return False
     return bool(jnp.issubdtype(value.dtype, jnp.number))
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is one number without a fraction, of any type.
+
+    >>> is_whole(3), is_whole(3.0), is_whole(2.5), is_whole("3")
+    (True, True, False, False)
+    """
+    return is_number(value) and bool(value == value // 1)

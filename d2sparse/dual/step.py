@@ -25,6 +25,7 @@ from d2sparse.train import (
     take,
 )
 from d2sparse.transforms import get_masks, set_masks, zero_pruned
+from d2sparse.transforms.inputs import as_key
 from d2sparse.tree import Prunable, PyTree, is_kernel
 
 
@@ -49,7 +50,7 @@ def init_pair(
       tx: their optimisers made by `sparsify`; a `Consolidation` for a slow learner that
         has none.
       data: examples whose shape the networks are built for.
-      key: random key of the run.
+      key: random key of the run, or its seed.
       coupling: how they influence each other.
       prunable: predicate on (path, leaf).
       settings: numbers that tell this run from others of the same program.
@@ -60,7 +61,7 @@ def init_pair(
     Raises:
       ValueError: masks are coupled between networks of different shapes.
     """
-    fast_key, slow_key, mask_key, run_key = jax.random.split(key, 4)
+    fast_key, slow_key, mask_key, run_key = jax.random.split(as_key(key), 4)
     fast = init_state(models.fast, tx.fast, data, fast_key, settings, skip_faults)
     if isinstance(tx.slow, Consolidation):
         trace, params = begin_trace(fast.params, tx.slow, prunable)

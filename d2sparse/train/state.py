@@ -10,6 +10,7 @@ import optax
 from d2sparse.data import Split, channel_statistics, standardize
 from d2sparse.models import Model
 from d2sparse.transforms import zero_pruned
+from d2sparse.transforms.inputs import as_key
 from d2sparse.tree import PyTree
 
 Metrics = dict[str, jax.Array]
@@ -119,12 +120,12 @@ def init_state(
       model: the network.
       tx: its optimiser, with or without `sparsify`.
       data: examples whose shape the network is built for.
-      key: random key of the run.
+      key: random key of the run, or its seed.
       settings: numbers that tell this run from others of the same program.
       skip_faults: whether updates that are not finite are left out, instead of
         stopping the run.
     """
-    init_key, run_key = jax.random.split(key)
+    init_key, run_key = jax.random.split(as_key(key))
     params, model_state = model.init(init_key, inputs(take(data, jnp.arange(1))))
     opt_state = tx.init(params)
     return TrainState(
