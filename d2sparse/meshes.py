@@ -1,13 +1,13 @@
 """Leaves on a mesh: axes of type Explicit, and those that `jax.shard_map` maps."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from d2sparse.tree import PyTree
+PyTree = Any
 
 
 def on_auto_axes(

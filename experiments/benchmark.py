@@ -2,12 +2,15 @@
 
 Times a refresh of the masks in passes over the weights and beside sorting them, the
 optimiser step with and without `sparsify`, whole training steps, compilation, and many
-small runs at once; reads memory from the compiled programs; and holds the figures
-against targets. All candidates of a table take turns in one process. The whole takes
-about five minutes on two cores, where nothing has been compiled before.
+small runs at once; sets the estimate of memory beside what is used; and holds the
+figures against targets. All candidates of a table take turns in one process. The whole
+takes about five minutes on two cores, where nothing has been compiled before.
 
     python -m experiments.benchmark --out=docs/benchmark.md
     python -m experiments.benchmark --quick --sections=refresh,step
+    python -m experiments.benchmark --sections=memory
+
+The last one, in a process of its own, shows on an accelerator what each training holds.
 """
 
 import dataclasses
@@ -20,19 +23,21 @@ from typing import Literal
 from d2sparse import disk, distributions
 from experiments import cli
 from experiments.benchmarks.measure import Table, to_markdown
+from experiments.benchmarks.memory import memory_table
 from experiments.benchmarks.refresh import refresh_table
 from experiments.benchmarks.steps import compile_table, step_table
 from experiments.benchmarks.targets import targets_table
 from experiments.benchmarks.training import seeds_table, training_table
 from experiments.benchmarks.workload import Sizes, machine, make_sizes, param_shapes
 
-Section = Literal["refresh", "step", "training", "compile", "seeds"]
+Section = Literal["refresh", "step", "training", "compile", "seeds", "memory"]
 SECTIONS: Mapping[Section, Callable[[Sizes], Table]] = {
     "refresh": refresh_table,
     "step": step_table,
     "training": training_table,
     "compile": compile_table,
     "seeds": seeds_table,
+    "memory": memory_table,
 }
 
 
@@ -45,6 +50,10 @@ class Config:
     # Whose parameter trees are used; the first is trained as well. If not given,
     # resnet18 and resnet50, or resnet8 with --quick.
     models: tuple[str, ...] = ()
+    # Small networks of which many seeds are trained, and how many. If not given,
+    # convnet_s, and on an accelerator up to 128 of resnet8 and lenet_300_100.
+    members: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
     sparsity: float = 0.8  # zeros among the prunable weights
     # Timings of every candidate, of which the median counts; 9 if not given, or 3 with
     # --quick. Candidates that take seconds get fewer.
@@ -91,9 +100,18 @@ def checked_sizes(config: Config) -> Sizes:
     if config.rounds is not None and config.rounds < 1:
         raise ValueError(f"expected at least 1 round, got {config.rounds}")
     distributions.check_sparsity(config.sparsity)
-    sizes = make_sizes(config.quick, config.sparsity, config.models, config.rounds)
-    for model in sizes.models:
-        param_shapes(model, sizes.image)  # Complains of an unknown model.
+    if min(config.seeds, default=1) < 1:
+        raise ValueError(f"expected at least 1 seed, got seeds={config.seeds}")
+    sizes = make_sizes(
+        config.quick,
+        config.sparsity,
+        config.models,
+        config.rounds,
+        config.members,
+        config.seeds,
+    )
+    for model, image in [*((m, sizes.image) for m in sizes.models), *sizes.members]:
+        param_shapes(model, image)  # Complains of an unknown model.
     return sizes
 
 
@@ -139,7 +157,7 @@ def command(config: Config) -> str:
         if value is True:
             words.append(f"--{field.name}")
         elif value != field.default:
-            text = ",".join(value) if isinstance(value, tuple) else value
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
             words.append(f"--{field.name}={text}")
     return shlex.join(words)
 

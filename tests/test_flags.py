@@ -107,7 +107,7 @@ def _nothing_is_run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(units, "run_each", run_each)
     monkeypatch.setattr(data, "load", functools.cache(data.load))
-    monkeypatch.setattr(records, "open_run", lambda place, _: Run(Path(place)))
+    monkeypatch.setattr(records, "open_run", lambda place, *_: Run(Path(place)))
     monkeypatch.setattr(units, "reporting", reporting)
 
 
@@ -358,7 +358,7 @@ def test_the_budgets_of_low_data_are_those_that_are_asked_for(changes, budgets):
 def test_a_second_configuration_has_a_directory_of_its_own(monkeypatch):
     opened = []
 
-    def open_run(place, _):
+    def open_run(place, *_):
         opened.append(place)
         return Run(Path(place))
 

@@ -40,6 +40,10 @@ class Timing(NamedTuple):
     wall: float
     cpu: float
 
+    def over(self, times: int) -> "Timing":
+        """Of one of so many things that were done in the call."""
+        return Timing(self.wall / times, self.cpu / times)
+
 
 class Table(NamedTuple):
     """What a section has measured.
@@ -101,6 +105,32 @@ def carried(step: Callable[..., Any], state: Any, *rest: Any) -> Callable[[], An
         return other
 
     return call
+
+
+def in_one_program(function: Callable[..., Any], times: int) -> Callable[..., Any]:
+    """Calls a function with the same arguments again and again, in a scan.
+
+    Args:
+      function: of arrays.
+      times: how often it is called; once is without a scan.
+
+    Returns:
+      A function of the same arguments; it returns what the last call does.
+    """
+    if times == 1:
+        return function
+
+    def repeated(*args: Any) -> Any:
+        # Each call waits for the one before it: none is moved out of the loop.
+        def call(last: Any, _: None) -> tuple[Any, None]:
+            given, _ = jax.lax.optimization_barrier((args, last))
+            return function(*given), None
+
+        shapes = jax.eval_shape(function, *args)
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(call, start, length=times)[0]
+
+    return repeated
 
 
 def num_bytes(tree: PyTree) -> int:

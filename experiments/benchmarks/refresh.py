@@ -17,6 +17,7 @@ from experiments.benchmarks.measure import (
     Candidate,
     Table,
     Timing,
+    in_one_program,
     num_bytes,
     take_turns,
     temporary_bytes,
@@ -54,14 +55,15 @@ SORT, SORT_GLOBAL = "jnp.sort, each leaf", "jnp.sort, global"
 PARTITION, TORCH = "numpy.partition, each leaf", "torch.nn.utils.prune"
 
 Weights = dict[str, Any]
-Program = tuple[jax.stages.Compiled, tuple[Any, ...]]  # With its arguments.
+Call = tuple[Callable[..., Any], tuple[Any, ...]]  # With its arguments.
 
 
 def refresh_table(sizes: Sizes) -> Table:
     """One refresh by every rule, in passes over the weights and in CPU seconds."""
     rows = []
     for i, model in enumerate(sizes.models):
-        names = tuple(name for name in RULES if i == 0 or name in LARGE)
+        whole = i == 0 and sizes.all_rules
+        names = tuple(name for name in RULES if whole or name in LARGE)
         rows += refresh_rows(model, names, sizes)
     return Table(
         "One refresh of the masks",
@@ -69,8 +71,9 @@ def refresh_table(sizes: Sizes) -> Table:
         "time of jnp.sort over that of the row; of all weights together where the row "
         "is global, else of each leaf. Temporary: bytes the compiled program needs "
         "beside its arguments and results, over those of the parameters. Every rule "
-        f"is timed on the first model, on others only {'; '.join(LARGE)}: the rest "
-        "does the same work as one of these. GraNet begins at half of the sparsity.",
+        f"is timed on the first model, on others (and on accelerators) only "
+        f"{'; '.join(LARGE)}: the rest does the same work as one of these. GraNet "
+        "begins at half of the sparsity." + _aside(sizes.repeats),
         {
             "what": "refresh",
             "model": "model",
@@ -84,6 +87,15 @@ def refresh_table(sizes: Sizes) -> Table:
     )
 
 
+def _aside(repeats: int) -> str:
+    if repeats == 1:
+        return ""
+    return (
+        f" A program makes {repeats} refreshes, and its time is divided by that; what "
+        "numpy and torch do is on the host."
+    )
+
+
 def refresh_rows(
     model: str, names: tuple[str, ...], sizes: Sizes
 ) -> Iterator[dict[str, Any]]:
@@ -92,8 +104,12 @@ def refresh_rows(
     weights = tree.prunable_leaves(params)
     counts = distributions.erk(tree.shapes(params), sizes.sparsity)
     kept = {path: max(int(count), 1) for path, count in counts.items()}
-    programs = _rivals(weights, kept, sizes.sparsity)
-    programs |= {name: refresh_program(name, params, sizes.sparsity) for name in names}
+    calls = _rivals(weights, kept, sizes.sparsity)
+    calls |= {name: refresh_call(name, params, sizes.sparsity) for name in names}
+    programs = {
+        name: (_compiled(in_one_program(function, sizes.repeats), *args), args)
+        for name, (function, args) in calls.items()
+    }
     candidates = {
         name: Candidate(functools.partial(compiled, *args), slow="sort" in name)
         for name, (compiled, args) in programs.items()
@@ -102,6 +118,7 @@ def refresh_rows(
     candidates[PARTITION] = Candidate(lambda: partition_masks(host, kept), slow=True)
     candidates |= torch_candidates(host, kept, sizes.sparsity)
     timings = take_turns(candidates, sizes.rounds, sizes.slow_rounds)
+    timings |= {name: timings[name].over(sizes.repeats) for name in programs}
     for name in timings:
         row = {"what": name, "model": model} | _costs(name, timings)
         if name in programs:
@@ -124,30 +141,30 @@ def _costs(name: str, timings: Mapping[str, Timing]) -> dict[str, float]:
 
 def _rivals(
     weights: Weights, kept: Mapping[str, int], sparsity: float
-) -> dict[str, Program]:
+) -> dict[str, Call]:
     """What a refresh is compared with."""
     together = distributions.global_({p: w.shape for p, w in weights.items()}, sparsity)
     sort = functools.partial(sort_masks, kept=kept)
     sort_global = functools.partial(sort_masks_global, kept=int(together))
     return {
-        PASS: _compiled(threshold_masks, weights, jnp.float32(1)),
-        SORT: _compiled(sort, weights),
-        SORT_GLOBAL: _compiled(sort_global, weights),
+        PASS: (threshold_masks, (weights, jnp.float32(1))),
+        SORT: (sort, (weights,)),
+        SORT_GLOBAL: (sort_global, (weights,)),
     }
 
 
-def refresh_program(name: str, params: PyTree, sparsity: float) -> Program:
+def refresh_call(name: str, params: PyTree, sparsity: float) -> Call:
     """One refresh by a rule, of the masks that it finds in the middle of a run."""
     masks = random_masks(params, START.get(name, 0.0) * sparsity)
     # Movement and sparse momentum take these for what they have observed.
     grads = jax.tree.map(lambda w: w[..., ::-1], params)
     rule, key = RULES[name](sparsity), jax.random.key(0)
     params = apply_masks(params, masks)
-    return _compiled(rule.update, masks, params, grads, jnp.int32(STEP), key)
+    return rule.update, (masks, params, grads, jnp.int32(STEP), key)
 
 
-def _compiled(function: Callable[..., Any], *args: Any) -> Program:
-    return jax.jit(function).lower(*args).compile(), args
+def _compiled(function: Callable[..., Any], *args: Any) -> jax.stages.Compiled:
+    return jax.jit(function).lower(*args).compile()
 
 
 def threshold_masks(weights: Weights, threshold: jax.Array) -> Weights:

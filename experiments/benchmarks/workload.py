@@ -16,6 +16,9 @@ from d2sparse.masks import dense_masks
 from d2sparse.tree import PyTree
 
 CLASSES = 10
+TINY = (8, 8, 1)
+# What small networks are built for, unless it is to be quick.
+IMAGES = {"resnet8": (32, 32, 3), "lenet_300_100": (28, 28, 1)}
 
 
 class Sizes(NamedTuple):
@@ -27,9 +30,13 @@ class Sizes(NamedTuple):
       sparsity: zeros among the prunable weights.
       rounds: timings of every candidate.
       slow_rounds: timings of one that takes seconds.
-      steps: optimiser steps in one timing.
+      all_rules: whether every rule is refreshed on the first model, not a few alone.
+      repeats: how often a refresh or a step of a large network is made in one call;
+        more than once where handing over its arguments takes longer than a step.
+      steps: such programs of optimiser steps in one timing.
       batch: images in a step of the large network.
-      seeds: how many small networks are trained at once.
+      members: the small networks, each with the images it is built for.
+      seeds: how many of each are trained at once.
       member_batch: images in a step of a small network.
       member_steps: steps of every small network in one timing.
     """
@@ -39,8 +46,11 @@ class Sizes(NamedTuple):
     sparsity: float
     rounds: int
     slow_rounds: int
+    all_rules: bool
+    repeats: int
     steps: int
     batch: int
+    members: tuple[tuple[str, tuple[int, int, int]], ...]
     seeds: tuple[int, ...]
     member_batch: int
     member_steps: int
@@ -51,6 +61,8 @@ def make_sizes(
     sparsity: float,
     model_names: tuple[str, ...] = (),
     rounds: int | None = None,
+    members: tuple[str, ...] = (),
+    seeds: tuple[int, ...] = (),
 ) -> Sizes:
     """The sizes for this backend: the one place that looks at it.
 
@@ -59,24 +71,31 @@ def make_sizes(
       sparsity: zeros among the prunable weights.
       model_names: in place of the usual models.
       rounds: in place of the usual number.
+      members: in place of the usual small networks.
+      seeds: in place of the usual numbers of them.
 
     >>> make_sizes(quick=True, sparsity=0.8, rounds=2).slow_rounds
     1
     """
-    usual = ("resnet8",) if quick else ("resnet18", "resnet50")
     accelerated = jax.default_backend() != "cpu"
+    usual = ("resnet8",) if quick else ("resnet18", "resnet50")
+    small = ("resnet8", "lenet_300_100") if accelerated else ("convnet_s",)
+    images = IMAGES if accelerated and not quick else {}
     rounds = rounds or (3 if quick else 9)
     return Sizes(
         models=model_names or usual,
-        image=(8, 8, 1) if quick else (32, 32, 3),
+        image=TINY if quick else (32, 32, 3),
         sparsity=sparsity,
         rounds=rounds,
-        slow_rounds=min(rounds, 1 if quick else 5 if accelerated else 2),
+        slow_rounds=min(rounds, 1 if quick else 3 if accelerated else 2),
+        all_rules=quick or not accelerated,
+        repeats=20 if accelerated else 1,
         steps=2 if quick else 5,
         batch=8 if quick else 1024 if accelerated else 128,
-        seeds=(2,) if quick else (1, 8, 32, 128) if accelerated else (1, 8, 32),
-        member_batch=16 if quick else 256 if accelerated else 64,
-        member_steps=2 if quick else 100 if accelerated else 10,
+        members=tuple((name, images.get(name, TINY)) for name in members or small),
+        seeds=seeds or ((2,) if quick else (1, 8, 32, 128)[: 4 if accelerated else 3]),
+        member_batch=16 if quick else 64,
+        member_steps=2 if quick else 25 if accelerated else 10,
     )
 
 
