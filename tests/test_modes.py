@@ -54,15 +54,19 @@ RULES = {
 
 
 def normals(seed, dtype=np.float32):
-    """Numbers that bfloat16 holds, so that every type has the same ones."""
+    """Numbers that bfloat16 and float16 hold, so that every type has the same ones."""
     rng = np.random.default_rng(seed)
     drawn = {k: rng.normal(size=shape) for k, shape in SHAPES.items()}
-    return {k: x.astype(jnp.bfloat16).astype(dtype) for k, x in drawn.items()}
+    return {
+        k: x.astype(jnp.bfloat16).astype(np.float16).astype(dtype)
+        for k, x in drawn.items()
+    }
 
 
 def train(name, params, grads):
     """The masks after a step at which they are refreshed; the weights do not move."""
-    tx = sparsify(optax.adam(0.0), RULES[name](), every(1))
+    # Its default epsilon is 0 in float16.
+    tx = sparsify(optax.adam(0.0, eps=1e-3), RULES[name](), every(1))
 
     def step(_, before):
         params, state = before
@@ -120,8 +124,8 @@ def test_64_bits(name, dtype):
         assert_alone(name, found, dtype)
 
 
-def test_half_precision(name):
-    dtype = jnp.bfloat16
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_half_precision(name, dtype):
     found = jax.jit(train, static_argnums=0)(name, normals(0, dtype), normals(1, dtype))
     assert_alone(name, found, dtype)
 
