@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from d2sparse import masks, models, rules
@@ -140,6 +140,22 @@ def test_a_mesh_of_explicit_axes(name, inside):
     assert_alone(name, (params, live))
     for path, sharding in put.items():
         assert live[path].sharding.is_equivalent_to(sharding, live[path].ndim)
+
+
+@pytest.mark.parametrize("what", ["top_k", "rigl"])
+def test_no_leaf_is_gathered_on_explicit_axes(what):
+    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    put = {path: NamedSharding(mesh, spec) for path, spec in SPECS.items()}
+    params, grads = jax.device_put((normals(0), normals(1)), (put, put))
+    assert jax.typeof(params["a"]).sharding.mesh.axis_types == (AxisType.Explicit,) * 2
+    if what == "top_k":
+        program = jax.jit(masks.top_k).lower(params, jnp.int32(40)).compile()
+    else:
+        tx = sparsify(optax.sgd(0.1), RULES["rigl"](), every(1))
+        program = jax.jit(tx.update).lower(grads, tx.init(params), params).compile()
+    assert "all-reduce" in program.as_text()
+    for gathering in ("all-gather", "all-to-all", "collective-permute"):
+        assert gathering not in program.as_text()
 
 
 def test_one_network_per_device(name):
