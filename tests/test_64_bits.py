@@ -9,12 +9,13 @@ import pytest
 
 TINY = "--seeds=1 --width=0.1 --report_every=4 --noprogress"
 COMMANDS = {
-    "prune": f"{TINY} --steps=8 --refresh_interval=2 --sparsities=0.5",
+    "prune": f"{TINY} --steps=8 --refresh_interval=2"
+    " --rules=rigl,one_shot --sparsities=0.5",
     "d2_sparse": f"{TINY} --steps=8 --refresh_interval=2 --imp_rounds=1",
     "lottery": f"{TINY} --steps=8 --rounds=1",
     "anytime": f"{TINY} --samples_per_class=10 --megabatches=2 --epochs=1",
     "low_data": f"{TINY} --steps=8 --refresh_interval=2 --budgets=5"
-    " --methods=dense,rigl,imp,pair_averaged",
+    " --methods=dense,rigl,d2_sparse",
     "scaling": "--nocheck",
 }
 
