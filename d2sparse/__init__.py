@@ -123,17 +123,7 @@ def __getattr__(name: str) -> types.ModuleType:
     """Imports a room when it is first asked for."""
     if name not in _LATER:
         raise AttributeError(f"module 'd2sparse' has no attribute {name!r}")
-    try:
-        return importlib.import_module(f"d2sparse.{name}")
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in {"", "d2sparse"}:
-            raise
-        raise ModuleNotFoundError(
-            f"d2sparse.{name} needs {missing}, which is not installed; "
-            'pip install "d2sparse[experiments]" brings it',
-            name=error.name,
-        ) from error
+    return importlib.import_module(f"d2sparse.{name}")
 
 
 def __dir__() -> list[str]:

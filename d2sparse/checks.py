@@ -5,13 +5,43 @@ the place of a tree of arrays: without these checks they are found far from wher
 were given.
 """
 
+import contextlib
 import inspect
 import numbers
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+@contextlib.contextmanager
+def optional(module: str) -> Iterator[None]:
+    """Around imports of what the core does not install: a sentence where it is absent.
+
+    Args:
+      module: which imports it.
+
+    Raises:
+      ModuleNotFoundError: naming the package and how it is installed.
+
+    >>> with optional("d2sparse.models"):
+    ...     import a_package_of_nobody
+    Traceback (most recent call last):
+    ...
+    ModuleNotFoundError: d2sparse.models needs a_package_of_nobody, which is not
+    installed; pip install "d2sparse[experiments]" brings it
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "a package").partition(".")[0]
+        raise ModuleNotFoundError(
+            f"{module} needs {missing}, which is not installed; "
+            'pip install "d2sparse[experiments]" brings it',
+            name=error.name,
+        ) from error
 
 
 def check_function(name: str, value: Any, takes: str, example: str) -> None:
@@ -71,9 +101,49 @@ def check_whole(name: str, value: Any, least: int) -> None:
 
     >>> check_whole("interval", 100, least=1)
     """
-    if not is_number(value) or value != int(value) or value < least:
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not is_whole(value) or value < least:
         raise ValueError(
             f"expected a whole number of at least {least} as `{name}`, got {value!r}"
+        )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises where a value is no number of entries: of arrays, by their type alone.
+
+    Raises:
+      ValueError: naming the argument.
+
+    >>> check_count("k", 100)
+    """
+    if isinstance(value, jax.Array):
+        valid = value.shape == () and jnp.issubdtype(value.dtype, jnp.integer)
+    else:
+        valid = is_whole(value) and value >= 0
+    if not valid:
+        raise ValueError(
+            f"expected a whole number of entries, at least 0, as {name}, got {value!r}"
+        )
+
+
+def check_by_path(name: str, value: Any, of: str) -> None:
+    """Raises where an argument is no mapping from the paths of leaves.
+
+    Args:
+      name: of the argument.
+      value: what was given for it.
+      of: what the mapping holds.
+
+    Raises:
+      ValueError: it is none.
+
+    >>> check_by_path("inputs", {"kernel": jnp.ones((4, 2))}, of="arrays")
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"expected {of} by path as `{name}`, {{'dense/kernel': ...}}, got "
+            f"{type(value).__name__}; `tree.flatten` of a tree names its paths"
         )
 
 
@@ -105,3 +175,12 @@ def is_number(value: Any) -> bool:
     if not isinstance(value, arrays) or value.shape != ():
         return False
     return bool(jnp.issubdtype(value.dtype, jnp.number))
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is one number without a fraction, of any type.
+
+    >>> is_whole(3), is_whole(3.0), is_whole(2.5), is_whole("3")
+    (True, True, False, False)
+    """
+    return is_number(value) and bool(value == value // 1)

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from d2sparse import scores
-from d2sparse.masks import apply_masks
 from d2sparse.rules import one_shot
 from d2sparse.scores import Score
 from d2sparse.train import TrainState
-from d2sparse.transforms import get_average, get_masks, set_masks, sparse_states
+from d2sparse.transforms import get_average, get_masks, set_masks, zero_pruned
 from d2sparse.tree import Prunable, PyTree, is_kernel
 
 Fit = Callable[[TrainState, int], TrainState]
@@ -115,8 +114,8 @@ def rewind(
     """The state of an early step under other masks, as a copy of its own.
 
     Weights, normalisation statistics, moments and step are those of the early state;
-    its parameters are masked, unless its optimiser is made by `freeze`: then the losers
-    keep their early weights (RISE, Tartaglione, ICIP 2022).
+    its parameters are masked, but for those whose optimiser is made by `freeze`: there
+    the losers keep their early weights (RISE, Tartaglione, ICIP 2022).
 
     With the trained state only the learning rate is rewound: weights and statistics are
     the trained ones, step and moments those of the early state (Renda, Frankle and
@@ -128,11 +127,11 @@ def rewind(
       trained: the state whose weights are kept; None rewinds them too.
     """
     source = early if trained is None else trained
-    zero = bool(sparse_states(early.opt_state))
+    opt_state = set_masks(early.opt_state, masks)
     state = early._replace(
-        params=apply_masks(source.params, masks) if zero else source.params,
+        params=zero_pruned(source.params, opt_state),
         model_state=source.model_state,
-        opt_state=set_masks(early.opt_state, masks),
+        opt_state=opt_state,
     )
     return jax.tree.map(jnp.copy, state)  # Masks too: training uses the state up.
 

@@ -5,12 +5,14 @@ Nothing else in a training loop changes, and whoever evaluates or stores the net
 takes the effective weights too.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from d2sparse import tree
+from d2sparse.checks import check_by_path, check_number, is_number
 from d2sparse.masks import apply_masks
 from d2sparse.tree import Prunable, PyTree, is_kernel
 
@@ -66,6 +68,7 @@ def sr_ste(params: PyTree, masks: PyTree, decay: float | jax.Array = 2e-4) -> Py
     >>> float(loss(params)), jax.grad(loss)(params)["w"][:, 0].tolist()
     (1.0, [1.0, 0.5, 2.0, 1.0])
     """
+    check_number("decay", decay, 0, math.inf)
 
     def leaf(live: jax.Array, weight: jax.Array) -> jax.Array:
         # A pruned weight that is 0 itself has nothing to be pulled by.
@@ -96,6 +99,7 @@ def init_thresholds(
     >>> init_thresholds({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, -10)
     {'kernel': Array(-10., dtype=float32)}
     """
+    check_number("value", value, -math.inf, math.inf)
     paths = tree.prunable_leaves(params, prunable)
     return {path: jnp.full((), value, jnp.float32) for path in paths}
 
@@ -122,6 +126,7 @@ def soft_threshold(params: PyTree, thresholds: Mapping[str, jax.Array]) -> PyTre
     >>> soft_threshold(params, s)["w"].tolist()
     [0.25, 0.0]
     """
+    check_by_path("thresholds", thresholds, of="scalars")
     tree.replace(params, thresholds)  # Complains of paths that are not in the tree.
     for path, s in thresholds.items():
         if jnp.shape(s):
@@ -253,8 +258,10 @@ def _root(weight: jax.Array, alpha: jax.Array) -> jax.Array:
 
 
 def _check_alpha(alpha: float | jax.Array) -> None:
-    if not isinstance(alpha, jax.core.Tracer) and not float(alpha) >= 1:
+    if isinstance(alpha, jax.core.Tracer):
+        return
+    if not is_number(alpha) or not float(alpha) >= 1:
         raise ValueError(
-            f"expected alpha of at least 1, got {alpha}; 1 is the identity, larger "
+            f"expected alpha of at least 1, got {alpha!r}; 1 is the identity, larger "
             "powers favour large weights"
         )

@@ -5,10 +5,13 @@ maps a step to a bool. Steps count the optimiser's updates from 0 and may be tra
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from d2sparse.checks import is_number, is_whole
 
 Step = int | jax.Array
 Schedule = Callable[[Step], float | jax.Array]
@@ -44,13 +47,9 @@ class Ramp:
 
     def __post_init__(self) -> None:
         """Checks the ends that are known."""
-        _check_steps(self.steps)
+        _check_steps(self.steps, begin=self.begin)
         for value in (self.start, self.end):
-            if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) <= 1:
-                raise ValueError(
-                    "expected a schedule of fractions, in [0, 1], got the value "
-                    f"{value}; write 90 % as 0.9"
-                )
+            _check_fraction(value)
 
     def __call__(self, step: Step) -> jax.Array:
         """The value at a step."""
@@ -104,10 +103,14 @@ def cosine(start: float, steps: int) -> Schedule:
     `start / 2 * (1 + cos(pi * step / steps))`, and 0 from `steps` on. From Dettmers and
     Zettlemoyer (arXiv 1907.04840), as RigL uses it (arXiv 1911.11134).
 
+    Raises:
+      ValueError: the start is known and outside of [0, 1], or there is no step.
+
     >>> [round(float(cosine(0.3, 4)(step)), 3) for step in (0, 2, 4, 9)]
     [0.3, 0.15, 0.0, 0.0]
     """
     _check_steps(steps)
+    _check_fraction(start)
     return lambda step: start / 2 * (1 + jnp.cos(jnp.pi * _progress(step, 0, steps)))
 
 
@@ -117,13 +120,13 @@ def every(interval: int, stop: int | None = None) -> When:
     Step 0 is left out: nothing has been learned yet. To refresh there, use `at([0])`.
 
     Raises:
-      ValueError: the interval is not positive.
+      ValueError: the interval is no whole number of steps or not positive, or the stop
+        is none.
 
     >>> [step for step in range(10) if every(3, stop=9)(step)]
     [3, 6]
     """
-    if interval < 1:
-        raise ValueError(f"expected an interval of at least 1 step, got {interval}")
+    _check_interval(interval, stop=stop)
 
     def when(step: Step) -> jax.Array:
         step = jnp.asarray(step)
@@ -140,13 +143,13 @@ def alternating(interval: int, stop: int, begin: int | None = None) -> When:
     (one interval if not given), then sparse and dense by turns, sparse at the end.
 
     Raises:
-      ValueError: the interval is not positive.
+      ValueError: the interval is no whole number of steps or not positive, or the stop
+        or the begin is none.
 
     >>> [int(alternating(2, stop=8)(step)) for step in range(10)]
     [0, 0, 1, 1, 0, 0, 1, 1, 1, 1]
     """
-    if interval < 1:
-        raise ValueError(f"expected an interval of at least 1 step, got {interval}")
+    _check_interval(interval, stop=stop, begin=begin)
     first = interval if begin is None else begin
 
     def when(step: Step) -> jax.Array:
@@ -187,9 +190,16 @@ def refresh_interval(samples: int, batch_size: int, stop: int) -> int:
 def at(steps: Sequence[int]) -> When:
     """At the given steps and at no other; `at([])` is never.
 
+    Raises:
+      ValueError: they are no sequence of whole numbers.
+
     >>> [step for step in range(10) if at([0, 4])(step)]
     [0, 4]
     """
+    if not np.iterable(steps) or not all(is_whole(step) for step in steps):
+        raise ValueError(
+            f"expected whole numbers of steps, such as `at([0, 100])`, got {steps!r}"
+        )
     chosen = [int(step) for step in steps]
     return lambda step: jnp.isin(jnp.asarray(step), jnp.asarray(chosen, jnp.int32))
 
@@ -198,6 +208,37 @@ def _progress(step: Step, begin: int, steps: int) -> jax.Array:
     return jnp.clip((jnp.asarray(step) - begin) / jnp.float32(steps), 0.0, 1.0)
 
 
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"expected a schedule over at least 1 step, got {steps}")
+def _check_fraction(value: float | jax.Array) -> None:
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not is_number(value) or not 0 <= float(value) <= 1:
+        raise ValueError(
+            "expected a schedule of fractions, in [0, 1], got the value "
+            f"{value!r}; write 90 % as 0.9"
+        )
+
+
+def _check_steps(steps: int, **others: int | None) -> None:
+    if _is_no_step(steps) or steps < 1:
+        raise ValueError(
+            f"expected a schedule over whole steps, at least 1 step, got {steps!r}"
+        )
+    _check_whole(others)
+
+
+def _check_interval(interval: int, **others: int | None) -> None:
+    if _is_no_step(interval) or interval < 1:
+        raise ValueError(
+            f"expected an interval of whole steps, at least 1 step, got {interval!r}"
+        )
+    _check_whole(others)
+
+
+def _check_whole(steps: Mapping[str, int | None]) -> None:
+    for name, step in steps.items():
+        if step is not None and _is_no_step(step):
+            raise ValueError(f"expected a whole step as `{name}`, got {step!r}")
+
+
+def _is_no_step(step: int) -> bool:
+    return not isinstance(step, jax.core.Tracer) and not is_whole(step)

@@ -24,9 +24,12 @@ import simple_parsing
 from absl import app, flags, logging
 from simple_parsing.wrappers import DataclassWrapper, FieldWrapper
 
+from d2sparse import disk
 from experiments import processes
 
 ConfigT = TypeVar("ConfigT")
+# Fields that name files and directories, of any experiment.
+_PATHS = ("workdir", "data_dir", "ticket", "tuned", "out")
 
 
 def main(run: Callable[[ConfigT], object], config_type: type[ConfigT]) -> None:
@@ -69,6 +72,7 @@ def run_or_exit(run: Callable[[ConfigT], object], config: ConfigT) -> None:
     if not flags.FLAGS.is_parsed() or not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
+        _refuse_addresses(config)
         with processes.joined(getattr(config, "distributed", "")):
             run(config)
     except ValueError as error:
@@ -133,17 +137,27 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, in the user's cache directory.
 
     The place is `$XDG_CACHE_HOME/d2sparse/jax`, by default below `~/.cache`. The
-    variable `JAX_COMPILATION_CACHE_DIR` names another one, or none where it is empty.
+    variable `JAX_COMPILATION_CACHE_DIR` names another one, or none where it is empty;
+    jax reads it, also as an address such as gs://bucket.
     Without a writable cache directory programs are compiled anew.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(base, "d2sparse", "jax")
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The standard of this variable ignores what is not absolute; an address is not.
+    home = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    directory = home / "d2sparse" / "jax"
     with contextlib.suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
     if os.access(directory, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def _refuse_addresses(config: object) -> None:
+    """Raises where a path is an address, before data are loaded for it."""
+    for name in _PATHS:
+        if path := getattr(config, name, None):
+            disk.local_path(path, f"--{name}")
 
 
 def _own_command() -> str:

@@ -16,7 +16,13 @@ from d2sparse.reparam import nonzero_masks
 from d2sparse.rules import MaskRule
 from d2sparse.schedules import When, at
 from d2sparse.train import Data, Loss, Runner, Step, TrainState
-from d2sparse.transforms import get_average, get_masks, sparse_states, sparsify
+from d2sparse.transforms import (
+    SparsifyState,
+    get_average,
+    get_masks,
+    mask_states,
+    sparsify,
+)
 from d2sparse.tree import PyTree
 from experiments.session import Session, train_together
 from experiments.task import Task
@@ -183,10 +189,8 @@ def make_network(task: Task, recipe: Recipe) -> Network:
         )
 
     def live(state: TrainState) -> PyTree:
-        masks = get_masks(state.opt_state)
         if recipe.effective is None:
-            zero = sparse_states(state.opt_state)
-            return masks if zero else jax.tree.map(_all, masks)
+            return get_masks([_stored(own) for own in mask_states(state.opt_state)])
         return nonzero_masks(recipe.effective(state.params), task.prunable)
 
     def cost(state: TrainState, data: Data) -> Any:
@@ -289,5 +293,8 @@ def _itself(state: TrainState) -> TrainState:
     return state
 
 
-def _all(mask: jax.Array) -> jax.Array:
-    return jnp.ones(mask.shape, bool)
+def _stored(state: Any) -> Any:
+    """What `freeze` holds counts as live: it is not 0."""
+    if isinstance(state, SparsifyState):
+        return state
+    return state._replace(masks=jax.tree.map(jnp.ones_like, state.masks))

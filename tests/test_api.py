@@ -84,11 +84,20 @@ def run_python(code):
 def test_rooms_are_there_after_the_import_and_name_what_they_lack():
     found = run_python("import d2sparse; print(d2sparse.lottery.__name__)")
     assert found.stdout.strip() == "d2sparse.lottery"
-    found = run_python(
-        "import sys; sys.modules['flax'] = None\nfrom d2sparse import dual"
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['flax', 'matplotlib', 'tensorstore']))\n"
+        "for form in ('import d2sparse.{0}', 'from d2sparse import {0}'):\n"
+        "  for room in 'dual models train lottery anytime plots records checkpoint'"
+        ".split():\n"
+        "    try: exec(form.format(room))\n"
+        "    except ModuleNotFoundError as error: print(error)\n"
     )
-    last = found.stderr.strip().splitlines()[-1]
-    assert 'dual needs flax, which is not installed; pip install "d2sparse[exp' in last
+    said = run_python(code).stdout.splitlines()
+    named = ["flax"] * 5 + ["matplotlib"] * 2 + ["tensorstore"]
+    for line, package in zip(said, named * 2, strict=True):
+        wanted = f'needs {package}, which is not installed; pip install "d2sparse[exp'
+        assert wanted in line
     with pytest.raises(AttributeError, match="no attribute 'duel'"):
         d2sparse.duel  # noqa: B018
 

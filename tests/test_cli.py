@@ -188,6 +188,34 @@ def test_a_cache_directory_of_the_environment_is_respected(cache_home, monkeypat
     assert list(cache_home.iterdir()) == []
 
 
+def test_a_cache_home_that_is_no_absolute_path_is_ignored(cache_home, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "gs://bucket")
+    monkeypatch.setenv("HOME", str(cache_home))
+    monkeypatch.chdir(cache_home)
+    cli.use_compilation_cache()
+    expected = str(cache_home / ".cache" / "d2sparse" / "jax")
+    assert jax.config.jax_compilation_cache_dir == expected
+    assert [path.name for path in cache_home.iterdir()] == [".cache"]
+
+
+@pytest.mark.usefixtures("without_cache")
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        *(("prune", flag) for flag in ("workdir", "data_dir", "ticket")),
+        ("low_data", "tuned"),
+        ("benchmark", "out"),
+    ],
+)
+def test_an_address_is_refused_before_the_experiment_begins(name, flag, capsys):
+    module = importlib.import_module(f"experiments.{name}")
+    config = module.Config(**{flag: "gs://bucket/run"})
+    with pytest.raises(SystemExit) as stopped:
+        cli.run_or_exit(lambda config: pytest.fail("it has begun"), config)
+    assert stopped.value.code == 2
+    assert f"expected --{flag} on a local or mounted file" in capsys.readouterr().err
+
+
 def test_without_a_cache_directory_nothing_is_cached(cache_home):
     before = jax.config.jax_compilation_cache_dir
     (cache_home / "d2sparse").write_text("a file where the directory should be")

@@ -81,6 +81,31 @@ def test_a_threshold_out_of_range_is_refused(threshold):
         Coupling(threshold=threshold)
 
 
+def test_both_learners_together_are_judged_in_float32():
+    def looking_at(columns):
+        def apply(params, model_state, x, *, train):
+            seen = x.reshape(len(x), -1)[:, columns] + 0 * params["kernel"][:1]
+            return (seen / 100).astype(jnp.bfloat16), model_state
+
+        return models.Model(lambda key, x: ({"kernel": jnp.ones((4, 3))}, {}), apply)
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(512, 6, 1, 1)).astype(np.uint8)
+    labels = rng.integers(3, size=512).astype(np.int32)
+    data = train.to_device(Split(images, labels))
+    both = Dual(looking_at(slice(3)), looking_at(slice(3, 6)))
+    tx = Dual(*[sparsify(optax.sgd(0.1), rules.static(0.5))] * 2)
+    coupling = Coupling()
+    state = dual.init_pair(both, tx, data, jax.random.key(0), coupling)
+    step = dual.make_dual_step(both, tx, coupling, growth_samples=0)
+    _, logs = jax.jit(step)(state, data, jnp.arange(512))
+    x, params = train.inputs(data), {"kernel": jnp.ones((4, 3))}
+    sides = [model.apply(params, {}, x, train=False)[0] for model in both]
+    together = sum(scipy.special.softmax(np.float64(side), -1) for side in sides)
+    right = np.mean(together.argmax(axis=1) == labels)
+    np.testing.assert_allclose(logs["train_accuracy"], right, rtol=1e-6)
+
+
 def test_each_learner_looks_for_flatness_with_its_peer_held_fixed(data):
     coupling, radius = Coupling(masks=0.0), 0.3
     sharp, _, params = gradients(data, coupling, descent(sharpness=radius))

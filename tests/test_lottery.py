@@ -22,7 +22,13 @@ from d2sparse.models import Model
 from d2sparse.rules import fixed
 from d2sparse.schedules import at
 from d2sparse.train import TrainState
-from d2sparse.transforms import average_weights, freeze, get_masks, sparsify
+from d2sparse.transforms import (
+    average_weights,
+    freeze,
+    get_average,
+    get_masks,
+    sparsify,
+)
 
 SPARSITIES = (0.5, 0.75, 0.9)
 KERNELS = ("first", "head")
@@ -196,6 +202,31 @@ def test_a_rewound_run_never_moves_a_pruned_weight(dense_run):
     for tree in (after.params, after.opt_state.inner[1].trace):
         for name in KERNELS:
             assert not np.any(np.array(tree[name])[~masks[name]])
+
+
+def test_frozen_weights_beside_pruned_ones_are_not_set_to_zero(data):
+    def wrap(inner, rule, when):
+        parts = {"zero": sparsify(inner, rule, when), "hold": freeze(inner, rule, when)}
+        labels = {"first": "zero", "bias": "zero", "head": "hold"}
+        return average_weights(optax.partition(parts, labels))
+
+    first, _, _ = make_run(data, wrap)
+    drawn, _ = perceptron().init(
+        jax.random.split(jax.random.key(0))[0], train.inputs(data)
+    )
+    half = {
+        name: jnp.arange(x.size).reshape(x.shape) % 2 > 0 for name, x in drawn.items()
+    }
+    expected = drawn | {"first": drawn["first"] * half["first"]}
+    expected["bias"] = drawn["bias"] * half["bias"]
+    state = rewind(first, half)
+    assert_same_bits(state.params, expected)
+    assert_same_bits(get_masks(state.opt_state), half)
+    # Rules that have these masks from the start.
+    tx = wrap(optax.sgd(0.1), fixed(half), at([]))
+    state = train.init_state(perceptron(), tx, data, jax.random.key(0))
+    assert_same_bits(state.params, expected)
+    assert_same_bits(get_average(state.opt_state), expected)
 
 
 def test_one_round_equals_the_steps_by_hand(dense_run):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from d2sparse import masks, models, rules
@@ -54,15 +54,19 @@ RULES = {
 
 
 def normals(seed, dtype=np.float32):
-    """Numbers that bfloat16 holds, so that every type has the same ones."""
+    """Numbers that bfloat16 and float16 hold, so that every type has the same ones."""
     rng = np.random.default_rng(seed)
     drawn = {k: rng.normal(size=shape) for k, shape in SHAPES.items()}
-    return {k: x.astype(jnp.bfloat16).astype(dtype) for k, x in drawn.items()}
+    return {
+        k: x.astype(jnp.bfloat16).astype(np.float16).astype(dtype)
+        for k, x in drawn.items()
+    }
 
 
 def train(name, params, grads):
     """The masks after a step at which they are refreshed; the weights do not move."""
-    tx = sparsify(optax.adam(0.0), RULES[name](), every(1))
+    # Its default epsilon is 0 in float16.
+    tx = sparsify(optax.adam(0.0, eps=1e-3), RULES[name](), every(1))
 
     def step(_, before):
         params, state = before
@@ -120,8 +124,8 @@ def test_64_bits(name, dtype):
         assert_alone(name, found, dtype)
 
 
-def test_half_precision(name):
-    dtype = jnp.bfloat16
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_half_precision(name, dtype):
     found = jax.jit(train, static_argnums=0)(name, normals(0, dtype), normals(1, dtype))
     assert_alone(name, found, dtype)
 
@@ -136,6 +140,22 @@ def test_a_mesh_of_explicit_axes(name, inside):
     assert_alone(name, (params, live))
     for path, sharding in put.items():
         assert live[path].sharding.is_equivalent_to(sharding, live[path].ndim)
+
+
+@pytest.mark.parametrize("what", ["top_k", "rigl"])
+def test_no_leaf_is_gathered_on_explicit_axes(what):
+    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    put = {path: NamedSharding(mesh, spec) for path, spec in SPECS.items()}
+    params, grads = jax.device_put((normals(0), normals(1)), (put, put))
+    assert jax.typeof(params["a"]).sharding.mesh.axis_types == (AxisType.Explicit,) * 2
+    if what == "top_k":
+        program = jax.jit(masks.top_k).lower(params, jnp.int32(40)).compile()
+    else:
+        tx = sparsify(optax.sgd(0.1), RULES["rigl"](), every(1))
+        program = jax.jit(tx.update).lower(grads, tx.init(params), params).compile()
+    assert "all-reduce" in program.as_text()
+    for gathering in ("all-gather", "all-to-all", "collective-permute"):
+        assert gathering not in program.as_text()
 
 
 def test_one_network_per_device(name):

@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorstore
 
+from d2sparse.checks import optional
 from d2sparse.tree import PyTree
+
+with optional(__name__):
+    import tensorstore
 
 
 def layout(state: PyTree) -> dict[str, str]:

@@ -21,9 +21,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from d2sparse import disk, schema
+from d2sparse.checks import optional
+
+with optional(__name__):
+    import orbax.checkpoint as ocp
 
 FORMAT = 1
 ARRAYS, MANIFEST, CHECKSUM = "arrays", "manifest.json", "manifest.sha256"

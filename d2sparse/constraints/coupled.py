@@ -20,7 +20,7 @@ from d2sparse.constraints.masked import Structure
 from d2sparse.constraints.pacing import paced
 from d2sparse.dual import Consolidation, Coupling, Dual, Trace, split_sparsity
 from d2sparse.dual.consolidation import begin_trace, consolidate
-from d2sparse.dual.step import apart, discourage
+from d2sparse.dual.step import apart, discourage, pair_logs, trust
 from d2sparse.masks import apply_masks, select
 from d2sparse.models import Model
 from d2sparse.schedules import every, refresh_stop
@@ -368,30 +368,13 @@ def _loss(
         weight = context.settings.get("coupling", given)
         taught = losses.distillation(out, other, coupling.temperature)
         if coupling.weighted or coupling.threshold:
-            taught *= _trust(other, coupling)
+            taught *= trust(other, coupling)
         return one.loss(out, batch, inside)[0] + ramp * weight * jnp.mean(taught)
 
     value = learner("fast", "slow", coupling.fast)
     if not _consolidates(two):
         value += learner("slow", "fast", coupling.slow)
-    return value, _logs(outputs, batch.labels)
-
-
-def _trust(peer: jax.Array, coupling: Coupling) -> jax.Array:
-    """How much the teaching of a peer counts on each example, float[batch]."""
-    confidence = losses.confidence(peer)
-    weight = confidence if coupling.weighted else jnp.ones_like(confidence)
-    return jnp.where(confidence >= coupling.threshold, weight, 0.0)
-
-
-def _logs(logits: Dual, labels: jax.Array) -> Metrics:
-    both = jax.nn.softmax(logits.fast) + jax.nn.softmax(logits.slow)
-    return {
-        "loss": jnp.mean(losses.cross_entropy(logits.fast, labels)),
-        "loss_slow": jnp.mean(losses.cross_entropy(logits.slow, labels)),
-        "train_accuracy": metrics.accuracy(both, labels),
-        "disagreement": metrics.disagreement(logits.fast, logits.slow),
-    }
+    return value, pair_logs(outputs, batch.labels)
 
 
 def _optimiser(two: Dual, coupling: Coupling, prunable: Prunable) -> dict[str, Any]:

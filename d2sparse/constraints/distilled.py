@@ -24,6 +24,7 @@ from d2sparse.train import (
     claim,
     constrain,
     lasting,
+    log_mean,
     with_teachers,
 )
 
@@ -177,12 +178,6 @@ def with_teacher(state: TrainState, teachers: tuple[Teacher, ...]) -> TrainState
     """A student's state with its teachers."""
     copied = jax.tree.map(jnp.copy, teachers)
     return state._replace(model_state=state.model_state._replace(teachers=copied))
-
-
-def log_mean(logits: list[jax.Array]) -> jax.Array:
-    """The logarithm of the mean of the probabilities."""
-    each = jnp.stack([jax.nn.log_softmax(z) for z in logits])
-    return jax.nn.logsumexp(each, axis=0) - jnp.log(len(logits))
 
 
 def check_teaching(weight: float, temperature: float) -> None:

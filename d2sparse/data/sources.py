@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from d2sparse import disk
+from d2sparse.checks import optional
 
 _DIGITS_TEST_PER_CLASS = 50
 _CHUNK = 4096
@@ -70,7 +71,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Source:
     if name == "digits":
         return _digits()
     # TFDS takes half a second to import, and an embedded source does not need it.
-    import tensorflow_datasets as tfds
+    with optional(__name__):
+        import tensorflow_datasets as tfds
 
     builder = _open(name, data_dir)
     mode, num_classes = _check_features(name, builder.info.features)
@@ -85,7 +87,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Source:
 
 
 def _digits() -> Source:
-    from sklearn.datasets import load_digits
+    with optional(__name__):
+        from sklearn.datasets import load_digits
 
     grey_levels, labels = load_digits(return_X_y=True)
     images = np.round(grey_levels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)

@@ -11,7 +11,7 @@ from d2sparse import losses, metrics, scores, tree
 from d2sparse.data import Augment
 from d2sparse.dual.consolidation import begin_trace, consolidate
 from d2sparse.dual.pair import Consolidation, Coupling, Dual, get_pair_masks
-from d2sparse.masks import Selection, apply_masks, count, select
+from d2sparse.masks import Selection, count, select
 from d2sparse.train import (
     Data,
     Metrics,
@@ -24,7 +24,8 @@ from d2sparse.train import (
     step_keys,
     take,
 )
-from d2sparse.transforms import get_masks, set_masks
+from d2sparse.transforms import get_masks, set_masks, zero_pruned
+from d2sparse.transforms.inputs import as_key
 from d2sparse.tree import Prunable, PyTree, is_kernel
 
 
@@ -49,7 +50,7 @@ def init_pair(
       tx: their optimisers made by `sparsify`; a `Consolidation` for a slow learner that
         has none.
       data: examples whose shape the networks are built for.
-      key: random key of the run.
+      key: random key of the run, or its seed.
       coupling: how they influence each other.
       prunable: predicate on (path, leaf).
       settings: numbers that tell this run from others of the same program.
@@ -60,7 +61,7 @@ def init_pair(
     Raises:
       ValueError: masks are coupled between networks of different shapes.
     """
-    fast_key, slow_key, mask_key, run_key = jax.random.split(key, 4)
+    fast_key, slow_key, mask_key, run_key = jax.random.split(as_key(key), 4)
     fast = init_state(models.fast, tx.fast, data, fast_key, settings, skip_faults)
     if isinstance(tx.slow, Consolidation):
         trace, params = begin_trace(fast.params, tx.slow, prunable)
@@ -73,7 +74,7 @@ def init_pair(
             peer = get_masks(fast.opt_state)
             how = (coupling.masks, mask_key, prunable, selection)
             masks = apart(masks, peer, *how)
-        params = apply_masks(slow.params, masks)
+        params = zero_pruned(slow.params, set_masks(opt_state, masks))
         # Once more, since a state may hold copies of the weights, such as an average.
         opt_state = set_masks(tx.slow.init(params), masks)
         slow = slow._replace(params=params, opt_state=opt_state)
@@ -224,19 +225,19 @@ def _make_objective(
             own = losses.cross_entropy(logits, batch.labels, smoothing)
             taught = losses.distillation(logits, peer, coupling.temperature)
             if coupling.weighted or coupling.threshold:
-                taught *= _trust(peer, coupling)
+                taught *= trust(peer, coupling)
             return jnp.mean(own + ramp * weight * taught)
 
         value = loss(fast, slow, coupling.fast)
         if not consolidated:
             value += loss(slow, fast, coupling.slow)
-        logs = _logs(Dual(fast, slow), batch.labels)
+        logs = pair_logs(Dual(fast, slow), batch.labels)
         return value, (Dual(fast_state, slow_state), logs)
 
     return objective
 
 
-def _trust(peer: jax.Array, coupling: Coupling) -> jax.Array:
+def trust(peer: jax.Array, coupling: Coupling) -> jax.Array:
     """How much the teaching of a peer counts on each example, float[batch]."""
     confidence = losses.confidence(peer)
     weight = confidence if coupling.weighted else jnp.ones_like(confidence)
@@ -254,12 +255,12 @@ def _views(
     return Dual(*(augment(k, x) for k in jax.random.split(key)))
 
 
-def _logs(logits: Dual, labels: jax.Array) -> Metrics:
-    both = jax.nn.softmax(logits.fast) + jax.nn.softmax(logits.slow)
+def pair_logs(logits: Dual, labels: jax.Array) -> Metrics:
+    fast, slow = (jax.nn.softmax(x.astype(jnp.float32)) for x in logits)
     return {
         "loss": jnp.mean(losses.cross_entropy(logits.fast, labels)),
         "loss_slow": jnp.mean(losses.cross_entropy(logits.slow, labels)),
-        "train_accuracy": metrics.accuracy(both, labels),
+        "train_accuracy": metrics.accuracy(fast + slow, labels),
         "disagreement": metrics.disagreement(logits.fast, logits.slow),
     }
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from d2sparse import tree
@@ -198,6 +199,13 @@ def _paths_and_gaps(masks: PyTree) -> tuple[set[str], set[str]]:
 
 
 def _paths(masks: PyTree, prunable: Prunable) -> list[str]:
+    for path, mask in tree.flatten(masks).items():
+        kind = getattr(mask, "dtype", mask)
+        if not isinstance(kind, np.dtype) or kind.kind != "b":
+            raise ValueError(
+                f"expected masks of bool, got {kind} at {path!r}; numbers that are 0 "
+                "where a weight is pruned become masks by `!= 0`"
+            )
     # The predicate asks for parameters: show it the shapes with a floating dtype.
     as_params = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, "float32"), masks)
     return list(tree.prunable_leaves(as_params, prunable))

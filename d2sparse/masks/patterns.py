@@ -20,7 +20,7 @@ import numpy as np
 from d2sparse.checks import check_whole
 from d2sparse.masks.algebra import count_live
 from d2sparse.masks.layout import linear_index, ordered_bits, tie_order
-from d2sparse.masks.selection import Selection, select
+from d2sparse.masks.selection import Selection, check_counts, select
 from d2sparse.meshes import on_auto_axes
 from d2sparse.tree import Count, Counts
 
@@ -53,6 +53,7 @@ class Pattern:
         key: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         """The masks. Of a count above 0 at least one step is kept."""
+        check_counts(scores, counts)
         shapes = {path: score.shape for path, score in scores.items()}
         return self.choose(scores, self.fit(shapes, counts), key)
 

@@ -1,10 +1,12 @@
 """Selection of the largest scores, without sorting."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from d2sparse.checks import check_by_path, check_count
 from d2sparse.masks.layout import Lazy
 from d2sparse.masks.search import largest
 from d2sparse.tree import Count, Counts, PyTree
@@ -35,14 +37,36 @@ def top_k(scores: PyTree, k: Count) -> PyTree:
       A tree of bool[...] like `scores`.
 
     Raises:
-      ValueError: the leaves hold 2**31 entries or more.
+      ValueError: the leaves hold 2**31 entries or more, or k is no such number.
 
     >>> top_k(jnp.array([3.0, 1.0, 2.0, 3.0]), 2).tolist()
     [True, False, False, True]
     """
+    check_count("`k`", k)
     leaves, structure = jax.tree.flatten(scores)
     kept = largest(leaves, (0,) * len(leaves), jnp.asarray(k, jnp.int32)[None], None)
     return jax.tree.unflatten(structure, kept)
+
+
+def check_counts(scores: Mapping[str, Any], counts: Counts) -> None:
+    """Raises where counts are not those that a selection is asked for.
+
+    Raises:
+      ValueError: naming the argument, or the leaves without a count.
+
+    >>> check_counts({"kernel": jnp.ones(4)}, {"kernel": 2})
+    """
+    check_by_path("scores", scores, of="scores")
+    if not isinstance(counts, Mapping):
+        check_count("the count of all leaves", counts)
+        return
+    if missing := sorted(path for path in scores if path not in counts):
+        raise ValueError(
+            f"expected a count for every leaf, got none for {missing} among "
+            f"{sorted(counts)}"
+        )
+    for path in scores:
+        check_count(f"the count of {path!r}", counts[path])
 
 
 def select(
@@ -67,12 +91,17 @@ def select(
     Returns:
       bool[...] by path.
 
+    Raises:
+      ValueError: scores or counts are not by path, a leaf has no count, or a count is
+        no whole number.
+
     >>> scores = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}
     >>> {path: mask.tolist() for path, mask in select(scores, 2).items()}
     {'a': [False, False], 'b': [True, True]}
     >>> {path: mask.tolist() for path, mask in select(scores, {"a": 1, "b": 1}).items()}
     {'a': [False, True], 'b': [False, True]}
     """
+    check_counts(scores, counts)
     if isinstance(counts, Mapping):
         groups = tuple(range(len(scores)))
         wanted = jnp.stack([jnp.asarray(counts[path], jnp.int32) for path in scores])

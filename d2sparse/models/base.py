@@ -4,7 +4,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from flax import linen as nn
+
+from d2sparse.checks import optional
+
+with optional(__name__):
+    from flax import linen as nn
 
 PyTree = Any
 

@@ -3,13 +3,16 @@
 import math
 from collections.abc import Mapping
 
-import matplotlib as mpl
 import numpy as np
 from jax.typing import ArrayLike
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from d2sparse.checks import optional
 from d2sparse.plots.style import BLUE, ORANGE, STYLE, as_percent
+
+with optional(__name__):
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _COLUMNS = 4
 

@@ -13,10 +13,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.typing import ArrayLike
-from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
 
 from d2sparse import disk, schema
+from d2sparse.checks import optional
 from d2sparse.records import files
 from d2sparse.records.encoding import to_json
 from d2sparse.records.reading import (
@@ -34,6 +33,10 @@ from d2sparse.records.reading import (
     result_files,
     unit_of,
 )
+
+with optional(__name__):
+    from matplotlib.figure import Figure
+    from tensorboardX import SummaryWriter
 
 
 @dataclasses.dataclass(frozen=True)

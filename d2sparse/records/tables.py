@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tabulate import tabulate
+from d2sparse.checks import optional
+
+with optional(__name__):
+    from tabulate import tabulate
 
 
 def markdown_table(

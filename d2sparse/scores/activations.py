@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from d2sparse import tree
+from d2sparse.checks import check_by_path
 from d2sparse.scores.local import Score, widen
 from d2sparse.tree import PyTree
 
@@ -32,6 +33,13 @@ def wanda(inputs: Mapping[str, jax.Array]) -> Score:
     Array([[ 5., 10.],
            [ 3.,  4.]], dtype=float32)
     """
+    check_by_path("inputs", inputs, of="what enters the kernels")
+    for path, entering in inputs.items():
+        if not getattr(entering, "ndim", 0):
+            raise ValueError(
+                f"expected float[..., features] as what enters {path!r}, got "
+                f"{entering!r}; pass arrays"
+            )
     # Reduced once: the score holds a number per feature and not the data.
     norms = {path: _norms(activations) for path, activations in inputs.items()}
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d2sparse.checks import check_function, is_whole
 from d2sparse.scores.local import Score, magnitude, widen
 from d2sparse.tree import PyTree
 
@@ -46,6 +47,9 @@ def synflow(predict: Predict, input_shape: Sequence[int]) -> Score:
         of the batch.
       input_shape: shape of one example, without the batch axis.
 
+    Raises:
+      ValueError: `predict` is no such function, or the shape none.
+
     >>> def predict(params, x):
     ...     return x @ params["a"] @ params["b"]
     >>> params = {"a": jnp.array([[1.0, -3.0]]), "b": jnp.array([[2.0], [2.0]])}
@@ -53,6 +57,12 @@ def synflow(predict: Predict, input_shape: Sequence[int]) -> Score:
     >>> [(ranks[leaf] / ranks[leaf].sum()).ravel().tolist() for leaf in params]
     [[0.25, 0.75], [0.25, 0.75]]
     """
+    check_function("predict", predict, "params, x", "model.apply")
+    if not np.iterable(input_shape) or not all(map(is_whole, input_shape)):
+        raise ValueError(
+            "expected the shape of one example as `input_shape`, such as (28, 28, 1), "
+            f"got {input_shape!r}"
+        )
     ones = jnp.ones((1, *input_shape))
 
     @jax.jit

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from d2sparse.checks import check_function
 from d2sparse.scores.local import Score, widen
 from d2sparse.tree import PyTree
 
@@ -41,6 +42,7 @@ def snip(loss: Callable[[PyTree, Any], jax.Array], batches: Sequence[Any]) -> Sc
     >>> score({"w": jnp.array([-1.0, 2.0])}, None, None)["w"].tolist()
     [2.0, 2.0]
     """
+    check_function("loss", loss, "params, batch", "lambda params, batch: ...")
     batches = _at_least_one(batches)
     gradient = jax.jit(jax.grad(loss))
 
@@ -88,6 +90,7 @@ def grasp(
     >>> [round(float(x), 4) for x in ranks["kernel"][0]]
     [-0.0063, -0.0063]
     """
+    check_function("predict", predict, "params, x", "model.apply")
     batches = _pairs(batches)
     first = batches if gradient_batches is None else _pairs(gradient_batches)
 
@@ -146,6 +149,7 @@ def fisher(predict: Predict, batches: Sequence[Batch], empirical: bool = True) -
     Array([[1., 1.],
            [0., 0.]], dtype=float32)
     """
+    check_function("predict", predict, "params, x", "model.apply")
     batches = _pairs(batches)
 
     def log_likelihood(params: PyTree, x: jax.Array, label: jax.Array) -> jax.Array:

@@ -53,6 +53,7 @@ from d2sparse.train.steps import (
 from d2sparse.train.teaching import (
     Taught,
     Teacher,
+    log_mean,
     make_taught_loss,
     with_teachers,
 )
@@ -126,6 +127,7 @@ __all__ = [
     "lasting",
     "lay",
     "live_masks",
+    "log_mean",
     "make_loss",
     "make_mesh",
     "make_optimizer",

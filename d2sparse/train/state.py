@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from d2sparse.data import Split, channel_statistics, standardize
-from d2sparse.masks import apply_masks
 from d2sparse.models import Model
-from d2sparse.transforms import get_masks, sparse_states
+from d2sparse.transforms import zero_pruned
+from d2sparse.transforms.inputs import as_key
 from d2sparse.tree import PyTree
 
 Metrics = dict[str, jax.Array]
@@ -120,19 +120,17 @@ def init_state(
       model: the network.
       tx: its optimiser, with or without `sparsify`.
       data: examples whose shape the network is built for.
-      key: random key of the run.
+      key: random key of the run, or its seed.
       settings: numbers that tell this run from others of the same program.
       skip_faults: whether updates that are not finite are left out, instead of
         stopping the run.
     """
-    init_key, run_key = jax.random.split(key)
+    init_key, run_key = jax.random.split(as_key(key))
     params, model_state = model.init(init_key, inputs(take(data, jnp.arange(1))))
     opt_state = tx.init(params)
-    if sparse_states(opt_state):
-        params = apply_masks(params, get_masks(opt_state))
     return TrainState(
         jnp.zeros((), jnp.int32),
-        params,
+        zero_pruned(params, opt_state),
         model_state,
         opt_state,
         run_key,

@@ -111,7 +111,7 @@ def make_taught_loss(
     ) -> tuple[jax.Array, tuple[Taught, Metrics]]:
         x = inputs(batch) if augment is None else augment(key, inputs(batch))
         logits, own = model.apply(params, model_state.own, x, train=True)
-        said = _log_mean(
+        said = log_mean(
             [model.apply(*t, x, train=False)[0] for t in model_state.teachers]
         )
         value = jnp.mean(losses.cross_entropy(logits, batch.labels, smoothing))
@@ -123,7 +123,7 @@ def make_taught_loss(
     return loss
 
 
-def _log_mean(logits: Sequence[jax.Array]) -> jax.Array:
+def log_mean(logits: Sequence[jax.Array]) -> jax.Array:
     """The logarithm of the mean of the probabilities."""
     each = jnp.stack([jax.nn.log_softmax(widen(z)) for z in logits])
     return jax.nn.logsumexp(each, axis=0) - jnp.log(len(logits))

@@ -18,9 +18,11 @@ from d2sparse.transforms.states import (
     check_refreshes,
     check_sparse,
     get_masks,
+    mask_states,
     refreshes_are_sound,
     set_masks,
     sparse_states,
+    zero_pruned,
 )
 from d2sparse.transforms.wrappers import freeze, sparsify
 
@@ -34,9 +36,11 @@ __all__ = [
     "freeze",
     "get_average",
     "get_masks",
+    "mask_states",
     "refreshes_are_sound",
     "reset_moments",
     "set_masks",
     "sparse_states",
     "sparsify",
+    "zero_pruned",
 ]

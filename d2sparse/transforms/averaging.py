@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from d2sparse.masks import apply_masks
 from d2sparse.transforms.inputs import is_abstract, is_placeholder, widened
-from d2sparse.transforms.states import get_masks, sparse_states
+from d2sparse.transforms.states import zero_pruned
 from d2sparse.tree import PyTree
 
 
@@ -85,9 +84,8 @@ def average_weights(
         inner_state = inner.init(params)
         # A copy: the state may be donated, and the parameters with it.
         average = jax.tree.map(lambda x: jnp.copy(widened(x)), params)
-        sparse = sparse_states(inner_state)
-        if sparse and not is_placeholder(params):
-            average = apply_masks(average, get_masks(sparse))
+        if not is_placeholder(params):
+            average = zero_pruned(average, inner_state)
         types: Any = tuple(jnp.zeros((), x.dtype) for x in jax.tree.leaves(params))
         if is_placeholder(params):
             types = 0  # One leaf stands for as many as there may be.
@@ -114,9 +112,7 @@ def average_weights(
             state.average,
             jax.tree.map(widened, after),
         )
-        # Not those of `freeze`, whose weights are not 0.
-        if sparse := sparse_states(inner_state):
-            average = apply_masks(average, get_masks(sparse))
+        average = zero_pruned(average, inner_state)
         step = state.step + 1
         return updates, AverageState(step, average, state.types, inner_state)
 

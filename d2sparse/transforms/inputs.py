@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from d2sparse import tree
@@ -22,6 +23,8 @@ def as_key(key: jax.Array | int) -> jax.Array:
     found: Any = None
     if _is_typed(key):
         found = key
+    elif not isinstance(key, int | np.generic | np.ndarray | jax.Array):
+        pass  # A word, or anything else that is neither a number nor an array.
     elif jnp.ndim(key) == 1 and jnp.result_type(key) == jnp.uint32:
         found = jax.random.wrap_key_data(jnp.asarray(key))
     elif jnp.ndim(key) == 0 and jnp.issubdtype(jnp.result_type(key), jnp.integer):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from d2sparse import tree
-from d2sparse.masks import copy_masks, is_gap
+from d2sparse.masks import apply_masks, copy_masks, is_gap
 from d2sparse.tree import PyTree
 
 
@@ -119,6 +119,25 @@ def sparse_states(opt_state: optax.OptState) -> list[SparsifyState]:
     []
     """
     return [s for s in mask_states(opt_state) if isinstance(s, SparsifyState)]
+
+
+def zero_pruned(params: PyTree, opt_state: optax.OptState) -> PyTree:
+    """The parameters with what every `sparsify` in the state prunes set to exactly 0.
+
+    Weights that a `freeze` in the same state holds are kept as they are.
+
+    >>> from d2sparse.rules import fixed
+    >>> from d2sparse.transforms import freeze, sparsify
+    >>> params = {"kernel": jnp.ones((1, 2))}
+    >>> rule = fixed({"kernel": jnp.array([[True, False]])})
+    >>> for wrap in (sparsify, freeze):
+    ...     state = wrap(optax.sgd(0.1), rule).init(params)
+    ...     print(zero_pruned(params, state)["kernel"].tolist())
+    [[1.0, 0.0]]
+    [[1.0, 1.0]]
+    """
+    sparse = sparse_states(opt_state)
+    return apply_masks(params, get_masks(sparse)) if sparse else params
 
 
 def mask_states(opt_state: optax.OptState) -> list[Any]:
