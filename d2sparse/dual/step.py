@@ -256,6 +256,7 @@ def _views(
 
 
 def pair_logs(logits: Dual, labels: jax.Array) -> Metrics:
+    """What is told of a step of a pair: both losses, accuracy and disagreement."""
     fast, slow = (jax.nn.softmax(x.astype(jnp.float32)) for x in logits)
     return {
         "loss": jnp.mean(losses.cross_entropy(logits.fast, labels)),
