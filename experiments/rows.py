@@ -28,8 +28,19 @@ from experiments.task import Task
 
 
 def make_method(task: Task, constraints: Sequence[Constraint]) -> Method:
-    """A training under constraints, as what the experiments can run."""
+    """A training under constraints, as what the experiments can run.
+
+    Raises:
+      ValueError: two constraints claim the same thing, or the training hands over from
+        one network to another, which a run cannot be resumed from yet.
+    """
     training = constrain(plain_training(task), *constraints)
+    if any(phase.training is not None for phase in training.phases):
+        raise ValueError(
+            "expected trainings of one network or pair, got one that hands over to a "
+            "student; `python -m experiments.low_data` runs self_distilled, "
+            "d2_distilled and d2_merged"
+        )
     program = make_program(training, task.mesh, task.skip_faults)
 
     def init(key: jax.Array, data: Data, settings: Settings = NO_SETTINGS) -> Progress:

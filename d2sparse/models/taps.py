@@ -37,6 +37,7 @@ def read(apply: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Tap]]]
       `(*args, **kwargs) -> (result, taps by layer)`. A layer that is applied several
       times in one call is refused: its activations would be those of the last.
 
+    >>> import jax.numpy as jnp
     >>> from d2sparse import models
     >>> model = models.lenet_300_100(num_classes=3)
     >>> x = jnp.ones((2, 8, 8, 1))
@@ -77,6 +78,7 @@ def offset(apply: Callable[..., Any]) -> Callable[..., Any]:
       `(offsets, *args, **kwargs) -> result`, offsets by layer; a layer that has none is
       left as it is.
 
+    >>> import jax.numpy as jnp
     >>> from d2sparse import models
     >>> model = models.lenet_300_100(num_classes=3)
     >>> x = jnp.ones((2, 8, 8, 1))
@@ -109,6 +111,7 @@ def replace(
       `(*args, **kwargs) -> result`. It raises a `ValueError` where a layer to be
       changed is not met.
 
+    >>> import jax.numpy as jnp
     >>> from d2sparse import models
     >>> model = models.lenet_300_100(num_classes=3)
     >>> x = jnp.ones((2, 8, 8, 1))
