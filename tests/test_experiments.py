@@ -70,7 +70,7 @@ def draws(monkeypatch):
         seen.update({job.unit: job.splits for job in jobs})
 
     monkeypatch.setattr(units, "learn", record)
-    monkeypatch.setattr(d2_sparse, "report", lambda *_: None)
+    monkeypatch.setattr(d2_sparse, "report", lambda *_: {})
     return seen
 
 
@@ -458,7 +458,13 @@ def test_a_figure_that_cannot_be_drawn_does_not_cost_the_table(
     assert read(workdir / "summary.json")["methods"]
 
 
-@pytest.mark.parametrize("figure", ["accuracy_against_cost", "rank_diagram"])
+@pytest.mark.parametrize(
+    "figure",
+    [
+        "rank_diagram",
+        pytest.param("accuracy_against_cost", marks=pytest.mark.slow),
+    ],
+)
 def test_nor_does_it_in_the_benchmark_of_low_data(figure, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, figure, cannot_draw)
     config = low_data.Config(

@@ -209,7 +209,8 @@ def others(config, field):
     return [own / 2 if own else 0.25]
 
 
-SLOW = {"low_data": pytest.mark.slow, "anytime": pytest.mark.slow}  # Many programs.
+# Many programs, or flags that d2_sparse has too.
+SLOW = dict.fromkeys(("low_data", "anytime", "prune", "lottery"), pytest.mark.slow)
 FLAGS = [
     pytest.param(name, field, marks=SLOW.get(name, ()), id=f"{name}-{field.name}")
     for name, (_, config) in EXPERIMENTS.items()

@@ -437,7 +437,9 @@ def test_a_search_that_diverges_is_a_failure_in_the_table(tmp_path):
     config = dataclasses.replace(
         ONE, rounds=1, learning_rate=1e38, on_nonfinite="skip", workdir=str(tmp_path)
     )
-    summary = lottery.run(config)
+    with pytest.raises(FloatingPointError, match="all 1 runs have failed"):
+        lottery.run(config)
+    summary = read(tmp_path / "summary.json")
     (why,) = summary["failed"].values()
     assert re.match(r"its predictions are not finite after \d+ skipped updates", why)
     assert [row["seeds"] for row in summary["rounds"]] == [0, 0]

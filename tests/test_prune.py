@@ -516,7 +516,7 @@ def test_an_interrupted_sweep_repeats_only_what_it_lacks(swept, tmp_path, monkey
     ("change", "message"),
     [
         ({"sparsities": (0.5,)}, r"sparsities was \[0\.5, 0\.75\] and is \[0\.5\]"),
-        ({"drop_fraction": 0.5}, r"drop_fraction was 0\.3 and is 0\.5; give another"),
+        ({"momentum": 0.5}, r"momentum was 0\.9 and is 0\.5; give another"),
     ],
 )
 def test_a_directory_of_another_configuration_is_refused(change, message, swept):
