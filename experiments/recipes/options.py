@@ -1,9 +1,14 @@
 """The names of the methods, and the flags that they can be varied by."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Literal, get_args
 
+from d2sparse.constraints.options import (
+    DistributionName,
+    PatternName,
+    ScoreName,
+    read_table,
+)
 from experiments.task import PrunableName, check_choice, check_least
 
 RecipeName = Literal[
@@ -31,9 +36,6 @@ RecipeName = Literal[
 ]
 RECIPES: tuple[RecipeName, ...] = get_args(RecipeName)
 LEARNED_SPARSITY: tuple[RecipeName, ...] = ("str",)  # They cannot be told one.
-DistributionName = Literal["auto", "global", "uniform", "er", "erk"]
-PatternName = Literal["unstructured", "n_of_m", "blocks", "channels"]
-ScoreName = Literal["magnitude", "random", "saliency", "gradient"]
 
 _CHOICES = {
     "distribution": get_args(DistributionName),
@@ -105,33 +107,3 @@ def check_options(options: Options) -> None:
         if not 0 <= getattr(options, name) < 1:
             raise ValueError(f"expected {name} in [0, 1), got {getattr(options, name)}")
     check_least(options, _LEAST)
-
-
-def read_table(entries: Iterable[str]) -> dict[str, float]:
-    """Sparsities by pattern, of entries such as "head/*:0.5".
-
-    Raises:
-      ValueError: an entry is none, or a pattern stands there twice.
-    """
-    table: dict[str, float] = {}
-    for entry in entries:
-        pattern, _, sparsity = entry.rpartition(":")
-        if not pattern or not _is_sparsity(sparsity):
-            raise ValueError(
-                "expected layer_sparsities of the form pattern:sparsity in [0, 1], "
-                f"such as head/*:0.5, got {entry!r}"
-            )
-        if pattern in table:
-            raise ValueError(
-                f"expected layer_sparsities with every pattern once, got {pattern!r} "
-                "twice; leave one away"
-            )
-        table[pattern] = float(sparsity)
-    return table
-
-
-def _is_sparsity(text: str) -> bool:
-    try:
-        return 0 <= float(text) <= 1
-    except ValueError:
-        return False
