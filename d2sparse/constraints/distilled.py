@@ -28,8 +28,6 @@ from d2sparse.train import (
     with_teachers,
 )
 
-Teachers = Callable[[TrainState], tuple[Teacher, ...]]
-
 
 def distilled(
     *teacher: Constraint, weight: float = 1.0, temperature: float = 1.0
@@ -149,12 +147,7 @@ def taught(
         spent = training.cost(outer, inside, size)
         return spent + teachers * training.network.dense_macs
 
-    def finish(progress: Progress, data: Data, program: Program) -> TrainState:
-        return training.finish(progress, data, program)
-
-    return student._replace(
-        model=with_teachers(model, teachers), loss=loss, cost=cost, finish=finish
-    )
+    return student._replace(model=with_teachers(model, teachers), loss=loss, cost=cost)
 
 
 def one_after_the_other(

@@ -24,6 +24,7 @@ from d2sparse.train import (
     TrainState,
     claim,
     same_masks,
+    stay,
 )
 from d2sparse.tree import PyTree
 
@@ -101,7 +102,7 @@ def free_tickets(
             Phase(end, enter)
             for end, enter in zip(
                 [*ends, ends[-1]],
-                [_start, *(_keep(n) for n in range(members))],
+                [stay, *(_keep(n) for n in range(members))],
                 strict=True,
             )
         ]
@@ -158,11 +159,6 @@ def ensembled(training: Training, members: int) -> Training:
         begin=prepared,
         finish=finish,
     )
-
-
-def _start(progress: Progress, data: Data, program: Program) -> Progress:
-    del data, program
-    return progress
 
 
 def _keep(number: int) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from d2sparse import distributions, masks, scores
 from d2sparse.constraints.growing import Moves
@@ -212,6 +212,3 @@ def _sparsity(text: str) -> float | None:
     except ValueError:
         return None
     return value if 0 <= value <= 1 else None
-
-
-Changes = dict[str, Any]
