@@ -50,9 +50,11 @@ class Config:
     # Whose parameter trees are used; the first is trained as well. If not given,
     # resnet18 and resnet50, or resnet8 with --quick.
     models: tuple[str, ...] = ()
-    # Small networks of which many seeds are trained, and how many. If not given,
-    # convnet_s, and on an accelerator up to 128 of resnet8 and lenet_300_100.
+    # Small networks of which many seeds are trained. If not given, convnet_s, and on an
+    # accelerator resnet8 and lenet_300_100.
     members: tuple[str, ...] = ()
+    # How many seeds of them, in one program. If not given, a few, and on an accelerator
+    # 1, 8, 32 and 128.
     seeds: tuple[int, ...] = ()
     sparsity: float = 0.8  # zeros among the prunable weights
     # Timings of every candidate, of which the median counts; 9 if not given, or 3 with

@@ -688,9 +688,10 @@ def test_rules_keep_the_pattern_they_are_given(name, pattern):
 def test_rules_that_would_empty_a_leaf_by_their_pattern_are_refused():
     params = normals(0, {"a": (8, 16), "b": (16, 8)})
     rule = rules.one_shot(0.9, distribution=uniform, selection=masks.n_of_m(4))
-    begin = rule.init(params, KEY)
     with pytest.raises(ValueError, match=r"weights at 'a'.*weights at 'b'"):
-        jit(rule.update)(begin, params, None, 0, KEY)
+        rule.init(params, KEY)
+    with pytest.raises(ValueError, match=r"weights at 'a'.*weights at 'b'"):
+        jit(rule.update)(masks.dense_masks(params), params, None, 0, KEY)
 
 
 @pytest.mark.parametrize("score", scores.GRADIENT_SCORES)

@@ -47,9 +47,7 @@ class Options:
     threshold_decay: float = 0.03  # weight decay on the thresholds of str
 
     rounds: int = 5  # prunings of imp, soup and swamp
-    rewind_fraction: float = (
-        0.1  # part of a round whose weights later rounds start from
-    )
+    rewind_fraction: float = 0.1  # part of a round whose weights are rewound to
     # What goes back between rounds: weights and learning rate, or the latter alone.
     rewinding: Literal["weights", "learning_rate"] = "weights"
     members: int = 2  # networks of free_tickets, and of a round of soup and swamp
