@@ -10,15 +10,20 @@ import pytest
 from d2sparse import data, models, train
 from d2sparse.constraints import (
     METHODS,
+    Learners,
     Moves,
     Options,
+    Structure,
     averaged,
     coupled,
     iterative_magnitude,
+    paired,
     rigl,
     static,
 )
+from d2sparse.constraints.coupled import pair_masks
 from d2sparse.dual import Coupling
+from d2sparse.masks import n_of_m
 from d2sparse.models import taps
 from d2sparse.train import (
     Phase,
@@ -211,3 +216,16 @@ def test_gradients_at_taps_are_finite_differences():
         taps.replace(model.apply, {"no": lambda tap: tap.output})(
             params, state, x, train=False
         )
+
+
+@pytest.mark.parametrize("horizon", [None, 6])
+def test_both_learners_of_a_pair_have_the_pattern_that_is_asked_for(horizon):
+    learners = Learners("symmetric" if horizon is None else "fast_slow", 4)
+    pair = paired(
+        0.5, learners._replace(horizon=horizon), structure=Structure(None, n_of_m(4))
+    )
+    training = constrain(start(), pair)
+    state = training.init(training, jax.random.key(0), digits(), training.settings)
+    for masks in pair_masks(state):
+        kernel = np.asarray(masks["dense1"]["kernel"])
+        assert (kernel.reshape(-1, 4, kernel.shape[-1]).sum(axis=1) == 1).all()

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from d2sparse import losses, metrics, rules
+from d2sparse import distributions, losses, metrics, rules
 from d2sparse.constraints.averaging import averaged
 from d2sparse.constraints.growing import Moves, moving
 from d2sparse.constraints.masked import Structure
@@ -21,8 +21,9 @@ from d2sparse.constraints.pacing import paced
 from d2sparse.dual import Consolidation, Coupling, Dual, Trace, split_sparsity
 from d2sparse.dual.consolidation import begin_trace, consolidate
 from d2sparse.dual.step import apart, discourage, pair_logs, trust
-from d2sparse.masks import apply_masks, select
+from d2sparse.masks import Selection, apply_masks, select
 from d2sparse.models import Model
+from d2sparse.rules.base import suited
 from d2sparse.schedules import every, refresh_stop
 from d2sparse.train import (
     Constraint,
@@ -60,6 +61,7 @@ def coupled(
     fast: tuple[Constraint, ...],
     slow: tuple[Constraint, ...],
     coupling: Coupling | None = None,
+    selection: Selection = select,
 ) -> Constraint:
     """D2-Sparse: two networks teach each other, and their masks avoid each other.
 
@@ -73,6 +75,8 @@ def coupled(
         average of the fast one.
       coupling: how they influence each other; `Coupling()` if not given. The setting
         "coupling" of a run stands for both weights of the teaching.
+      selection: which masks the slow learner may begin with, where masks are coupled:
+        that of its constraint.
 
     Raises:
       ValueError: when applied, where masks are coupled that are not there.
@@ -84,7 +88,7 @@ def coupled(
         two = Dual(constrain(training, *fast), constrain(training, *slow))
         parts = {
             **_forward(two, chosen, training),
-            **_optimiser(two, chosen, training.network.prunable),
+            **_optimiser(two, chosen, training.network.prunable, selection),
             **_end(two),
             **_account(two, training),
         }
@@ -174,13 +178,19 @@ def paired(
         elif own.preset == "symmetric":
             fast, slow = ((paced("cosine"), *side) for side in (fast, slow))
         if own.horizon is not None:
-            slow = (consolidated(halves.slow, own.horizon, slower),)
-        return coupled(tuple(fast), tuple(slow), coupling)(training)
+            slow = (consolidated(halves.slow, own.horizon, slower, structure),)
+        possible = (structure or Structure()).selection
+        return coupled(tuple(fast), tuple(slow), coupling, possible)(training)
 
     return constrained
 
 
-def consolidated(sparsity: float, horizon: float, interval: int = 100) -> Constraint:
+def consolidated(
+    sparsity: float,
+    horizon: float,
+    interval: int = 100,
+    structure: Structure | None = None,
+) -> Constraint:
     """A slow learner that is a masked running average of the fast one.
 
     It has no loss of its own; its mask is drawn anew from the largest weights of the
@@ -190,6 +200,7 @@ def consolidated(sparsity: float, horizon: float, interval: int = 100) -> Constr
       sparsity: fraction of zeros of the slow learner, in [0, 1).
       horizon: steps the average reaches back, at least 1.
       interval: steps between two draws of the mask, in the first three quarters.
+      structure: which masks are possible; shared by ERK if it names no distribution.
 
     Raises:
       ValueError: the horizon is below 1.
@@ -199,7 +210,9 @@ def consolidated(sparsity: float, horizon: float, interval: int = 100) -> Constr
 
     def constrained(training: Training) -> Training:
         when = every(interval, refresh_stop(training.horizon))
-        how = Consolidation(sparsity, 1 - 1 / horizon, when)
+        own = structure or Structure()
+        share = suited(own.distribution, own.selection, distributions.erk)
+        how = Consolidation(sparsity, 1 - 1 / horizon, when, share, own.selection)
         claimed = claim(training, "the masks", "consolidated")
         return claimed._replace(transform=lambda rate, settings, key: how, when=when)
 
@@ -207,7 +220,11 @@ def consolidated(sparsity: float, horizon: float, interval: int = 100) -> Constr
 
 
 def joint(
-    txs: Dual, kappa: float, key: Any, prunable: Prunable
+    txs: Dual,
+    kappa: float,
+    key: Any,
+    prunable: Prunable,
+    selection: Selection = select,
 ) -> optax.GradientTransformationExtraArgs:
     """Two optimisers as one of a `Dual` tree, each growing where the other is not.
 
@@ -216,6 +233,7 @@ def joint(
       kappa: coupling of the masks, in [-1, 1].
       key: of the slow learner's first mask, where masks are coupled.
       prunable: which leaves may be pruned.
+      selection: which masks may be drawn then.
     """
     consolidates = isinstance(txs.slow, Consolidation)
     fast_tx = optax.with_extra_args_support(txs.fast)
@@ -234,7 +252,8 @@ def joint(
                 "expected two sparse learners, since their masks are coupled, got a "
                 "dense one; set the mask coupling to 0 (--mask_coupling=0)"
             )
-        masks = apart(get_masks(slow), get_masks(fast), kappa, key, prunable, select)
+        both = (get_masks(slow), get_masks(fast))
+        masks = apart(*both, kappa, key, prunable, selection)
         return JointState(fast, set_masks(slow, masks))
 
     def learn(
@@ -377,7 +396,9 @@ def _loss(
     return value, pair_logs(outputs, batch.labels)
 
 
-def _optimiser(two: Dual, coupling: Coupling, prunable: Prunable) -> dict[str, Any]:
+def _optimiser(
+    two: Dual, coupling: Coupling, prunable: Prunable, selection: Selection
+) -> dict[str, Any]:
     """The joint optimiser, its refreshes, and the state at step 0."""
 
     def transform(
@@ -391,7 +412,7 @@ def _optimiser(two: Dual, coupling: Coupling, prunable: Prunable) -> dict[str, A
             )
             for t, key in zip(two, keys, strict=False)
         ]
-        return joint(Dual(*txs), coupling.masks, keys[2], prunable)
+        return joint(Dual(*txs), coupling.masks, keys[2], prunable, selection)
 
     def init(
         training: Training, key: jax.Array, data: Data, settings: Settings
