@@ -34,7 +34,8 @@ FLOORS = {
     "constraints": 6,
     "records": 6,
     "plots": 6,
-    "__init__": 7,
+    "study": 7,
+    "__init__": 8,
 }
 GROUND = {room for room, floor in FLOORS.items() if floor <= 3} - {"models", "data"}
 GROUND_IMPORTS = {"jax", "optax", "numpy", *sys.stdlib_module_names}

@@ -23,6 +23,7 @@ from d2sparse.dual.consolidation import begin_trace, consolidate
 from d2sparse.dual.step import apart, discourage, pair_logs, trust
 from d2sparse.masks import Selection, apply_masks, select
 from d2sparse.models import Model
+from d2sparse.rules import MaskRule
 from d2sparse.rules.base import suited
 from d2sparse.schedules import every, refresh_stop
 from d2sparse.train import (
@@ -106,7 +107,7 @@ def coupled(
 
 
 class Learners(NamedTuple):
-    """How the learners of a pair of RigL networks are trained.
+    """How the learners of a pair of sparse networks are trained.
 
     Attributes:
       preset: "averaged", both keep the learning rate and average their weights over the
@@ -118,6 +119,7 @@ class Learners(NamedTuple):
       tail: part of the training that preset "averaged" averages, in (0, 1].
       horizon: steps that a slow learner reaches back which consolidates the fast one;
         None where both are trained by gradient.
+      rule: how the masks move, "rigl", "set" or "static".
     """
 
     preset: str = "averaged"
@@ -125,6 +127,7 @@ class Learners(NamedTuple):
     growth_samples: int = 1024
     tail: float = 0.25
     horizon: float | None = None
+    rule: str = "rigl"
 
 
 def paired(
@@ -133,7 +136,7 @@ def paired(
     coupling: Coupling | None = None,
     structure: Structure | None = None,
 ) -> Constraint:
-    """D2-Sparse of two RigL networks that share the weights of one between them.
+    """D2-Sparse of two sparse networks that share the weights of one between them.
 
     Args:
       sparsity: fraction of zeros of one network that has the weights of both.
@@ -145,6 +148,8 @@ def paired(
       ValueError: an unknown preset, or an average of a pair that consolidates.
     """
     own = learners or Learners()
+    if own.rule not in _RULES:
+        raise ValueError(f"expected rule of {', '.join(_RULES)}, got {own.rule!r}")
     if own.preset not in ("averaged", "symmetric", "fast_slow", "constant"):
         raise ValueError(
             "expected preset of averaged, symmetric, fast_slow, constant, got "
@@ -157,10 +162,10 @@ def paired(
         )
 
     def grown(sparsity: float, moves: Moves) -> Constraint:
-        grow = moving("rigl", rules.rigl, sparsity, moves, structure)
-        return lambda training: grow(training)._replace(
-            growth_samples=moves.growth_samples
-        )
+        grow = moving(own.rule, _RULES[own.rule], sparsity, moves, structure)
+        # The others need no growth gradients.
+        samples = moves.growth_samples if own.rule == "rigl" else 0
+        return lambda training: grow(training)._replace(growth_samples=samples)
 
     def constrained(training: Training) -> Training:
         halves = split_sparsity(training.network.weights, sparsity)
@@ -183,6 +188,18 @@ def paired(
         return coupled(tuple(fast), tuple(slow), coupling, possible)(training)
 
     return constrained
+
+
+def _static(sparsity: Any, drop_fraction: Any, **shared: Any) -> MaskRule:
+    del drop_fraction
+    return rules.static(sparsity, **shared)
+
+
+_RULES: dict[str, Callable[..., MaskRule]] = {
+    "rigl": rules.rigl,
+    "set": rules.set_,
+    "static": _static,
+}
 
 
 def consolidated(

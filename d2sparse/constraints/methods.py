@@ -4,11 +4,13 @@ training = constrain(plain(model, data), *METHODS["rigl"].constraints(options))
 """
 
 import dataclasses
+import functools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from d2sparse import scores
-from d2sparse.constraints import latent, pruning, scored, soups
+from d2sparse.constraints import equal_costs, latent, pruning, scored, soups
 from d2sparse.constraints.averaging import averaged
 from d2sparse.constraints.coupled import Learners, coupled, paired
 from d2sparse.constraints.distilled import distilled, finished
@@ -20,6 +22,7 @@ from d2sparse.dual import Coupling
 from d2sparse.train import Constraint
 
 Constraints = tuple[Constraint, ...]
+Tries = Mapping[str, tuple[Any, ...]] | Callable[[Any], Mapping[str, tuple[Any, ...]]]
 
 
 class Method(NamedTuple):
@@ -27,15 +30,24 @@ class Method(NamedTuple):
 
     Attributes:
       constraints: options -> what the plain training is put under.
-      sets: flags that it sets, by name; a value may be a function of what is known of
-        the training, see `d2sparse.study`.
+      sets: flags that it sets, by name; a value may be a function of what is known
+        before the training is made, see `equal_costs`.
       tries: values to try when it is tuned, by flag, besides learning rate and weight
-        decay.
+        decay; or a function of the flags that returns them.
+      ticket: what it does with the masks of a lottery ticket: it "keeps" their number
+        of weights, or "prunes" on; empty where it cannot start from one.
     """
 
     constraints: Callable[[Options], Constraints]
     sets: Mapping[str, Any] = {}
-    tries: Mapping[str, tuple[Any, ...]] = {}
+    tries: Tries = types.MappingProxyType({})
+    ticket: str = ""
+
+
+_DROPS = {"drop_fraction": (0.1, 0.3, 0.5)}
+# Sparse from the start, with masks that move; pruned in training.
+_moves = functools.partial(Method, tries=_DROPS, ticket="keeps")
+_prunes = functools.partial(Method, ticket="prunes")
 
 
 def _pruned(score: Any = None) -> Callable[[Options], Constraints]:
@@ -59,6 +71,7 @@ def _learners(o: Options, consolidates: bool = False) -> Learners:
         o.growth_samples,
         o.tail,
         o.horizon if consolidates else None,
+        o.pair_rule,
     )
 
 
@@ -83,9 +96,12 @@ def _finished(o: Options, pair: Constraint, merged: bool = False) -> Constraints
     return (finished(pair, o.finish_part, o.finish_rate, lesson, merged),)
 
 
+def _horizons(flags: Any) -> Mapping[str, tuple[Any, ...]]:
+    return {"horizon": tuple(max(flags.steps // n, 1) for n in (24, 12, 6, 3))}
+
+
 UNCOUPLED = Coupling(fast=0.0, slow=0.0, masks=0.0)
 _TAILS = {"tail": (0.1, 0.25, 0.5)}
-_DROPS = {"drop_fraction": (0.1, 0.3, 0.5)}
 _TEACHING = {"coupling": (0.5, 1.0, 2.0)}
 _REWINDS = {"rewind_fraction": (0.0, 0.1, 0.2)}
 _RADII = {"sharpness": (0.02, 0.05, 0.1)}
@@ -94,6 +110,10 @@ _FINISH = {"finish_rate": (0.03, 0.1, 0.3)}
 _STAYS = {"schedule": "constant"}  # An average needs a learning rate that stays.
 _ANNEALED = {"preset": "symmetric"}
 _FOLLOWED = {"preset": "fast_slow"}
+_CAPPED = {
+    "steps": equal_costs.steps_of_rounds,
+    "rounds": equal_costs.CAPPED_ROUNDS,
+}
 
 # What every method can be mixed with.
 MIXES: Mapping[str, Method] = {
@@ -104,6 +124,8 @@ MIXES: Mapping[str, Method] = {
 
 METHODS: Mapping[str, Method] = {
     "dense": Method(lambda o: ()),
+    "dense_short": Method(lambda o: (), {"steps": equal_costs.steps_of_rigl}),
+    "dense_narrow": Method(lambda o: (), {"width": equal_costs.width_of_sparse}),
     "dense_smoothed": Method(
         lambda o: (),
         {"label_smoothing": 0.1},
@@ -115,48 +137,51 @@ METHODS: Mapping[str, Method] = {
         lambda o: (distilled(weight=o.coupling, temperature=o.temperature),),
         tries=_TEACHING,
     ),
-    "fixed": Method(lambda o: (kept(),)),
+    "fixed": Method(lambda o: (kept(),), ticket="keeps"),
     "static": Method(lambda o: (static(o.sparsity, o.masks),)),
-    "set": Method(lambda o: (set_(o.sparsity, o.moves, o.masks),), tries=_DROPS),
-    "rigl": Method(_rigl, tries=_DROPS),
-    "rigl_averaged": Method(lambda o: (*_rigl(o), averaged(o.tail)), _STAYS, _TAILS),
+    "set": _moves(lambda o: (set_(o.sparsity, o.moves, o.masks),)),
+    "rigl": _moves(_rigl),
+    "rigl_averaged": _moves(
+        lambda o: (*_rigl(o), averaged(o.tail)), _STAYS, tries=_TAILS
+    ),
     "rigl_half": Method(
         lambda o: (rigl((1 + o.sparsity) / 2, o.moves, o.masks),), tries=_DROPS
     ),
-    "sparse_momentum": Method(
-        lambda o: (sparse_momentum(o.sparsity, o.moves, o.masks),), tries=_DROPS
+    "sparse_momentum": _moves(
+        lambda o: (sparse_momentum(o.sparsity, o.moves, o.masks),)
     ),
-    "random": Method(_pruned(scores.random)),
-    "gradual": Method(_pruned()),
-    "one_shot": Method(
+    "random": _prunes(_pruned(scores.random)),
+    "gradual": _prunes(_pruned()),
+    "one_shot": _prunes(
         lambda o: (pruning.one_shot(o.sparsity, o.prune_at, o.scored_by, o.masks),),
         tries=_PRUNE_AT,
     ),
-    "movement": Method(
+    "movement": _prunes(
         lambda o: (pruning.movement(o.sparsity, o.refresh_interval, o.masks),)
     ),
-    "granet": Method(
+    "granet": _prunes(
         lambda o: (pruning.granet(o.sparsity, o.start_sparsity, o.moves, o.masks),),
         tries=_DROPS,
     ),
-    "ac_dc": Method(lambda o: (pruning.ac_dc(o.sparsity, o.masks),)),
-    "top_kast": Method(
+    "ac_dc": _prunes(lambda o: (pruning.ac_dc(o.sparsity, o.masks),)),
+    "top_kast": _prunes(
         lambda o: (latent.top_kast(o.sparsity, o.backward_density, o.masks),)
     ),
-    "sr_ste": Method(lambda o: (latent.sr_ste(o.sparsity, o.group),)),
+    "sr_ste": _prunes(lambda o: (latent.sr_ste(o.sparsity, o.group),)),
     "str": Method(lambda o: (latent.soft_threshold(o.threshold_decay),)),
-    "powerprop": Method(
+    "powerprop": _prunes(
         lambda o: (latent.powerprop(o.sparsity, o.prune_at, o.power, o.masks),)
     ),
-    "snip": Method(lambda o: (scored.snip(o.sparsity, o.score_samples, o.masks),)),
-    "grasp": Method(lambda o: (scored.grasp(o.sparsity, o.score_samples, o.masks),)),
-    "fisher": Method(lambda o: (scored.fisher(o.sparsity, o.score_samples, o.masks),)),
-    "synflow": Method(lambda o: (scored.synflow(o.sparsity, o.masks),)),
-    "wanda": Method(
+    "snip": _prunes(lambda o: (scored.snip(o.sparsity, o.score_samples, o.masks),)),
+    "grasp": _prunes(lambda o: (scored.grasp(o.sparsity, o.score_samples, o.masks),)),
+    "fisher": _prunes(lambda o: (scored.fisher(o.sparsity, o.score_samples, o.masks),)),
+    "synflow": _prunes(lambda o: (scored.synflow(o.sparsity, o.masks),)),
+    "wanda": _prunes(
         lambda o: (scored.wanda(o.sparsity, o.prune_at, o.score_samples, o.masks),),
         tries=_PRUNE_AT,
     ),
-    "imp": Method(_imp, tries=_REWINDS),
+    "imp": _prunes(_imp, tries=_REWINDS),
+    "imp_capped": Method(_imp, _CAPPED, _REWINDS),
     "soup": Method(lambda o: (soups.souped(o.sparsity, o.rounds, o.members),)),
     "swamp": Method(lambda o: (soups.swamp(o.sparsity, o.rounds, o.members),)),
     "free_tickets": Method(
@@ -179,7 +204,7 @@ METHODS: Mapping[str, Method] = {
         {"trust_threshold": (0.0, 0.5, 0.8)},
     ),
     "d2_sharp": Method(lambda o: (_pair(o),), {**_ANNEALED, "sharpness": 0.05}, _RADII),
-    "d2_consolidated": Method(lambda o: (_consolidated(o),), _FOLLOWED),
+    "d2_consolidated": Method(lambda o: (_consolidated(o),), _FOLLOWED, _horizons),
     "d2_distilled": Method(lambda o: _finished(o, _pair(o)), _ANNEALED, _FINISH),
     "d2_merged": Method(
         lambda o: _finished(o, _consolidated(o), merged=True), _FOLLOWED, _FINISH

@@ -16,6 +16,7 @@ from d2sparse.scores import Score
 DistributionName = Literal["auto", "global", "uniform", "er", "erk"]
 PatternName = Literal["unstructured", "n_of_m", "blocks", "channels"]
 ScoreName = Literal["magnitude", "random", "saliency", "gradient"]
+PairRule = Literal["rigl", "set", "static"]
 Preset = Literal["averaged", "symmetric", "fast_slow", "constant"]
 
 
@@ -62,7 +63,11 @@ class Options:
     mask_coupling: float = 1.0  # 1: masks avoid each other, 0: independent, -1: attract
     independent_views: bool = False  # augment the batch for each learner anew
     preset: Preset = "averaged"  # learning rates and mask moves of a pair's learners
-    horizon: int = 0  # steps the slow average reaches back; 0: a sixth of the training
+    # How the masks of a pair move; set and static do not look at gradients, and
+    # --mask_coupling then sets where they start alone.
+    pair_rule: PairRule = "rigl"
+    # Steps the slow average reaches back; 0: a sixth of the training.
+    horizon: float = 0.0
     finish_part: float = 0.25  # last part of the training that trains one network
     finish_rate: float = 0.1  # its learning rate, as a part of the first one
 
@@ -174,6 +179,7 @@ _CHOICES = {
     "score": get_args(ScoreName),
     "rewinding": ("weights", "learning_rate"),
     "preset": get_args(Preset),
+    "pair_rule": get_args(PairRule),
 }
 
 

@@ -27,7 +27,7 @@ from d2sparse.train.fitting import fit as fit_phases
 from d2sparse.train.loops import Indices, Logs, Report, Runner, Save, fit, make_runner
 from d2sparse.train.memory import estimate_memory
 from d2sparse.train.optimizers import make_optimizer
-from d2sparse.train.plain import SCHEDULES, Recipe, init_training, plain
+from d2sparse.train.plain import SCHEDULES, Recipe, describe, init_training, plain
 from d2sparse.train.program import Program, make_program
 from d2sparse.train.runs import RUNS, is_stacked, stack_runs, unstack_runs
 from d2sparse.train.state import (
@@ -106,6 +106,7 @@ __all__ = [
     "check_batch",
     "claim",
     "constrain",
+    "describe",
     "end",
     "estimate_memory",
     "evaluate",

@@ -1,0 +1,147 @@
+"""A comparison from its flags to its table."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2sparse import data, records, train
+from d2sparse.checks import optional
+from d2sparse.constraints import METHODS, Method
+from d2sparse.data import Source
+from d2sparse.models import Model
+from d2sparse.study import reporting
+from d2sparse.study.dry_run import print_plans
+from d2sparse.study.flags import Config
+from d2sparse.study.grid import make_plans
+from d2sparse.study.reporting import Comparison, Report
+from d2sparse.study.runner import Examine, Finished, Runner, Settings, run_plans
+from d2sparse.study.splits import make_draw_splits
+
+with optional(__name__):
+    import pandas as pd
+
+
+class Experiment(NamedTuple):
+    """What a comparison asks, besides its flags.
+
+    Attributes:
+      name: of its run directories.
+      references: methods that differences are taken to.
+      methods: the table of methods.
+      examine: further results at the end of a run and of every titled phase.
+      settings: (plan, seed) -> settings of a run besides those of its plan.
+      report: writes summary, table and figures.
+    """
+
+    name: str
+    references: tuple[str, ...] = ()
+    methods: Mapping[str, Method] = METHODS
+    examine: Examine = lambda end: {}
+    settings: Settings = lambda plan, seed: {}
+    report: Report = reporting.report
+
+
+def compare(
+    config: Config,
+    experiment: Experiment | None = None,
+    source: Source | None = None,
+    model: Model | None = None,
+) -> "pd.DataFrame":
+    """Trains what has not finished yet, reports on it, and returns a row a run.
+
+    >>> import tempfile
+    >>> config = Config(methods=("dense", "rigl"), steps=4, refresh_interval=2, seeds=1,
+    ...                 progress=False, workdir=tempfile.mkdtemp())
+    >>> runs = compare(config)  # doctest: +ELLIPSIS
+    /...
+    >>> runs["method"].tolist()
+    ['dense', 'rigl']
+
+    Args:
+      config: the flags.
+      experiment: what is asked; a plain comparison to the first method if not given.
+      source: data in place of --dataset, from `data.from_arrays`.
+      model: a network in place of --model.
+
+    Returns:
+      The results of all finished runs: the columns method, seed, a column for every
+      flag whose values are compared, accuracy, nll, ece, brier, nonzeros, zeros, costs
+      and seconds.
+
+    Raises:
+      ValueError: something in the configuration cannot be done.
+      FloatingPointError: every run has failed.
+    """
+    asked = experiment or Experiment("compare", config.methods[:1])
+    source = source or data.load(config.dataset, config.data_dir)
+    config = dataclasses.replace(config, **_identity(config, source, model))
+    draw_splits = make_draw_splits(source)
+    build = None if model is None else (lambda flags: model)
+    plans = make_plans(config, draw_splits, source.num_classes, build, asked.methods)
+    if config.dry_run:
+        print_plans(config, plans, draw_splits)
+        return pd.DataFrame()
+    workdir = config.workdir or default_workdir(asked.name, config)
+    out = records.open_run(workdir, config, Finished)
+    runner = Runner(config, out, draw_splits, asked.examine, asked.settings)
+
+    def report() -> Mapping[str, Any]:
+        runs = reporting.read(config, out, plans)
+        return asked.report(Comparison(config, out, plans, runs, asked.references))
+
+    with reporting.partial_report(out, report):
+        run_plans(runner, plans)
+    report()
+    refuse_all_failed(out)
+    return reporting.read(config, out, plans)
+
+
+def refuse_all_failed(out: records.Run) -> None:
+    """Raises where there is no result at all.
+
+    Raises:
+      FloatingPointError: naming a run and why it has failed.
+    """
+    failures = out.failures()
+    if failures and len(failures) == len(out.units()):
+        name, why = next(iter(failures.items()))
+        raise FloatingPointError(
+            f"all {len(failures)} runs have failed, {name} since {why}"
+        )
+
+
+def default_workdir(experiment: str, config: Any) -> str:
+    """A run directory of its own for every configuration.
+
+    Returns:
+      Such as "runs/prune-digits-10-1a2b3c", whose end is a digest of the flags.
+    """
+    flags = records.identity(config)
+    digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
+    samples = f"-{config.samples_per_class}"
+    return f"runs/{experiment}-{config.dataset}{samples}-{digest[:6]}".replace(":", "-")
+
+
+def _identity(config: Config, source: Source, model: Model | None) -> dict[str, str]:
+    """Flags that tell data and networks apart which no flag names."""
+    flags = {}
+    if source.name != config.dataset:
+        arrays = [*jax.tree.leaves(source.train), *jax.tree.leaves(source.test)]
+        digest = hashlib.sha256()
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).tobytes())
+        flags["dataset"] = f"{source.name}-{digest.hexdigest()[:6]}"
+    if model is not None:
+        like = train.to_device(source.train)
+        x = train.inputs(train.take(like, jnp.arange(1)))
+        variables = jax.eval_shape(model.init, jax.random.key(0), x)
+        traced = jax.make_jaxpr(lambda v: model.apply(*v, x, train=True)[0])(variables)
+        digest = hashlib.sha256(str(traced).encode())
+        flags["model"] = f"own-{digest.hexdigest()[:6]}"
+    return flags

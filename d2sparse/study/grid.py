@@ -1,0 +1,242 @@
+"""From flags to trainings: methods x values of flags, each with a program."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from d2sparse import data, train
+from d2sparse.constraints import METHODS, Method, Options
+from d2sparse.constraints.equal_costs import Known
+from d2sparse.schedules import refresh_interval, refresh_stop
+from d2sparse.study.flags import Config, given, text_of
+from d2sparse.study.splits import DrawSplits
+from d2sparse.study.trainings import (
+    MakeModel,
+    make_mesh,
+    make_prunable,
+    make_training,
+    mixed,
+    named_model,
+    rehearse,
+)
+from d2sparse.train import Data, Network, Program, Training, describe
+
+
+class Row(NamedTuple):
+    """What is compared: a method with values of the flags that are axes.
+
+    Attributes:
+      method: a name of METHODS.
+      values: of the axes that the method goes by, by flag.
+    """
+
+    method: str
+    values: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A name for its files, such as "rigl-sparsity0.9"; nothing parses it."""
+        return "-".join([self.method, *(f"{k}{text_of(v)}" for k, v in self.values)])
+
+
+class Plan(NamedTuple):
+    """How the runs of a row are trained.
+
+    Attributes:
+      row: the method and its values.
+      config: all flags of these runs.
+      training: what they are.
+      program: it, compiled; rows that differ in settings alone share one.
+      base: the network of all methods and the flags as they are given; costs are
+        relative to those of its dense training.
+    """
+
+    row: Row
+    config: Config
+    training: Training
+    program: Program
+    base: Known
+
+    @property
+    def dense_training_macs(self) -> float:
+        """Cost of the training of the dense network, per example of a batch."""
+        return 3.0 * self.base.flags.steps * self.base.network.dense_macs
+
+
+def make_plans(
+    config: Config,
+    draw_splits: DrawSplits,
+    classes: int,
+    make_model: MakeModel | None = None,
+    methods: Mapping[str, Method] = METHODS,
+) -> list[Plan]:
+    """Every method with every combination of the values of its axes.
+
+    Args:
+      config: the flags.
+      draw_splits: data of a seed; those of the first one tell shapes and sizes.
+      classes: number of classes.
+      make_model: flags -> network; that of --model if not given.
+      methods: the table of methods.
+
+    Raises:
+      ValueError: a flag is out of its range or has no effect, two constraints claim
+        the same thing, or the network or a pattern does not fit the data.
+    """
+    check_effects(config, methods)
+    build = make_model or named_model(classes)
+    programs: dict[Any, Program] = {}
+    plans = []
+    for row in list_rows(config, methods):
+        like = draw_splits(with_values(config, row), 0).train
+        base = describe_base(config, row, like, build)
+        flags = configure(config, row, base, methods)
+        training = make_training(flags, like, build, methods[row.method])
+        free = training.settings.keys()
+        key = (row.method, *(pair for pair in row.values if pair[0] not in free))
+        if key not in programs:
+            skips = flags.on_nonfinite == "skip"
+            mesh = make_mesh(flags, len(like.labels))
+            programs[key] = train.make_program(training, mesh, skips)
+            rehearse(programs[key], like)
+        plans.append(Plan(row, flags, training, programs[key], base))
+    return plans
+
+
+def list_rows(config: Config, methods: Mapping[str, Method] = METHODS) -> list[Row]:
+    """Every method with every combination of the values of the axes it goes by."""
+    rows = []
+    for name in config.methods:
+        used = flags_used(mixed(config, methods[name]), config)
+        if methods[name].ticket == "keeps" and config.ticket:
+            used = used - {"sparsity"}  # Its weights are as many as the ticket's.
+        axes = [
+            [(flag, value) for value in values]
+            for flag, values in config.axes.items()
+            if flag in used or not hasattr(Options, flag)
+        ]
+        rows += [Row(name, values) for values in itertools.product(*axes)]
+    return rows
+
+
+def with_values(config: Config, row: Row) -> Config:
+    """The flags with the values of a row, and without axes."""
+    return dataclasses.replace(
+        config, methods=(row.method,), axes={}, **dict(row.values)
+    )
+
+
+def configure(
+    config: Config, row: Row, base: Known, methods: Mapping[str, Method] = METHODS
+) -> Config:
+    """All flags of a row: those given, those its method sets, those of the axes."""
+    sets = {
+        flag: value(base) if callable(value) else value
+        for method in mixed(config, methods[row.method])
+        for flag, value in method.sets.items()
+    }
+    return dataclasses.replace(base.flags, **(sets | dict(row.values)))
+
+
+def describe_base(config: Config, row: Row, like: Data, build: MakeModel) -> Known:
+    """What is known before the training of a row is made."""
+    flags = with_values(config, row)
+    size = len(like.labels)
+    interval = refresh_interval(size, flags.batch_size, refresh_stop(flags.steps))
+    epoch = data.steps_per_epoch(size, flags.batch_size)
+    flags = dataclasses.replace(
+        flags,
+        refresh_interval=flags.refresh_interval or interval,
+        horizon=flags.horizon or max(flags.steps / 6, epoch),
+    )
+
+    def resize(width: float) -> Network:
+        return describe(build(dataclasses.replace(flags, width=width)), like)
+
+    network = describe(build(flags), like)
+    prunable = make_prunable(flags.prunable, network, like.images.shape[1:])
+    return Known(flags, network._replace(prunable=prunable), size, resize)
+
+
+def flags_used(rows: Iterable[Method], options: Options) -> set[str]:
+    """The options that methods go by: those that are read to build them, or set."""
+    recorder = _Recorder(options)
+    sets: set[str] = set()
+    for row in rows:
+        row.constraints(recorder)  # type: ignore[arg-type]
+        for flag, value in row.sets.items():
+            sets.add(flag)
+            if callable(value):  # It is a function of the sparse network's cost.
+                sets.update(("sparsity", "rewind_fraction"))
+    return recorder.read | sets
+
+
+class _Recorder:
+    """Options that remember which of them are read."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self.read: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        derived = getattr(type(self._options), name, None)
+        if isinstance(derived, property):
+            assert derived.fget is not None
+            return derived.fget(self)
+        if callable(derived):
+            return functools.partial(derived, self)
+        self.read.add(name)
+        return getattr(self._options, name)
+
+
+def check_effects(config: Config, methods: Mapping[str, Method] = METHODS) -> None:
+    """Refuses flags that would change nothing, or that a method sets otherwise.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    options = {field.name for field in dataclasses.fields(Options)}
+    used = flags_used(
+        [row for name in config.methods for row in mixed(config, methods[name])],
+        config,
+    )
+    values = given(config)
+    for flag in (*values, *config.axes):
+        if flag in options and flag not in used:
+            raise ValueError(
+                f"expected no {flag}, which none of {', '.join(config.methods)} goes "
+                f"by, got {values.get(flag, config.axes.get(flag))}; leave it away"
+            )
+    for flag in config.axes.keys() & values.keys():
+        raise ValueError(
+            f"expected either a value of {flag} or an axis of it, got {values[flag]} "
+            f"and {list(config.axes[flag])}"
+        )
+    for name in config.methods:
+        _check_sets(name, mixed(config, methods[name]), values)
+        _check_ticket(name, methods[name], config)
+
+
+def _check_sets(name: str, rows: Sequence[Method], values: Mapping[str, Any]) -> None:
+    for row in rows:
+        for flag in row.sets.keys() & values.keys():
+            if not callable(row.sets[flag]) and values[flag] != row.sets[flag]:
+                raise ValueError(
+                    f"expected {flag} of {row.sets[flag]} for {name}, got "
+                    f"{values[flag]}; leave the method or --{flag} away"
+                )
+
+
+def _check_ticket(name: str, method: Method, config: Config) -> None:
+    if config.ticket and not method.ticket:
+        raise ValueError(
+            f"expected methods that go on from a ticket, got {name}; choose "
+            "--methods=fixed to keep its masks"
+        )
+    if name == "fixed" and not config.ticket:
+        raise ValueError(
+            "expected a --ticket whose masks fixed can keep, got none; `python -m "
+            "experiments.lottery` saves tickets"
+        )
