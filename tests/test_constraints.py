@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from d2sparse import data, models, train
+from d2sparse.checkpoint import Checkpoints
+from d2sparse.checkpoint.leaves import layout
 from d2sparse.constraints import (
     METHODS,
     Learners,
@@ -98,7 +100,13 @@ def trained(name):
     def report(progress, means):
         logs.append(means)
 
-    watch = Watch(every=5, report=report, save_every=4, save=save)
+    watch = Watch(
+        every=5,
+        report=report,
+        save_every=4,
+        save=save,
+        begun=lambda progress: save(progress, {}),
+    )
     end = fit_phases(program(name), begin(name), digits(), watch)
     return end, saved, logs
 
@@ -139,6 +147,37 @@ def test_every_method_resumes_to_the_bit(name):
         copied = jax.tree.map(jnp.copy, progress)
         again = fit_phases(own, copied, digits(), Watch(every=5, logs=logs))
         assert same(again, end)
+
+
+@pytest.mark.parametrize("name", ["self_distilled", "d2_distilled", "d2_merged"])
+def test_a_checkpoint_has_the_form_of_its_phase(name, tmp_path, caplog):
+    own, (end, saved, _) = program(name), trained(name)
+    number = [int(progress.phase) for progress, _ in saved]
+    handed_over = number.index(1)  # The last of the teacher, the first of the student.
+    for place in (2, handed_over - 1, handed_over, handed_over + 1):
+        progress, logs = saved[place]
+        with Checkpoints(tmp_path / str(place)) as checkpoints:
+            checkpoints.save(place, progress, {"phase": number[place]})
+            found = checkpoints.restore(
+                form=lambda notes: own.form(notes["phase"], digits())
+            )
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            watch = Watch(every=5, save_every=4, logs=logs)
+            again = fit_phases(own, found.state, digits(), watch)
+        assert same(again, end)
+        assert "ompil" not in caplog.text
+
+
+def test_the_form_of_a_phase_traces_hand_overs_alone():
+    def on_the_host(progress, data, program):
+        raise AssertionError("traced")
+
+    training = start()
+    phases = (Phase(8), Phase(16, on_the_host), Phase(24))
+    own = make_program(training._replace(phases=phases))
+    begun = own.init(jax.random.key(0), digits())
+    for phase in (-1, 0, 2, 3):
+        assert layout(own.form(phase, digits())) == layout(begun)
 
 
 def test_two_that_decide_the_masks_are_refused_by_a_sentence_with_both_names():

@@ -7,6 +7,7 @@ The directory holds one directory per step, named by its number:
 """
 
 import atexit
+import functools
 import math
 import os
 import re
@@ -32,6 +33,8 @@ from d2sparse.checkpoint.record import (
     refuse_other_origin,
 )
 from d2sparse.tree import PyTree
+
+Form = Callable[[Mapping[str, Any]], PyTree]  # From the notes of a checkpoint.
 
 
 class Checkpoint(NamedTuple):
@@ -166,7 +169,9 @@ class Checkpoints:
         (step, error), self._failed = self._failed, None
         raise self._unwritten(step, error) from error
 
-    def restore(self, like: PyTree) -> Checkpoint | None:
+    def restore(
+        self, like: PyTree = None, form: Form | None = None
+    ) -> Checkpoint | None:
         """The latest checkpoint that is not damaged.
 
         Damaged ones are named in a warning and renamed to `<step>.damaged`.
@@ -175,7 +180,12 @@ class Checkpoints:
           like: a state of the run, for instance that of step 0. Arrays are restored
             where its own are: uncommitted ones uncommitted, so that a compiled step
             takes them without compiling again, sharded ones sharded alike. numpy
-            arrays and Python numbers stay what they are.
+            arrays and Python numbers stay what they are. In place of an array there may
+            be a `jax.ShapeDtypeStruct`; without a sharding it stands for an uncommitted
+            array.
+          form: in place of `like`, a function from the notes of a checkpoint to its
+            `like`, where the structure of the state depends on how far the run is:
+            `lambda notes: program.form(notes["phase"], data)`.
 
         Returns:
           The checkpoint, or None if there is none at all.
@@ -186,13 +196,15 @@ class Checkpoints:
           OSError: a file cannot be read for now, such as without permission.
         """
         self.wait()
-        return self._first_good(lambda paths: sorted(paths, reverse=True), like)
+        latest = functools.partial(sorted, reverse=True)
+        return self._first_good(latest, form or (lambda notes: like))
 
-    def best(self, like: PyTree) -> Checkpoint | None:
+    def best(self, like: PyTree = None, form: Form | None = None) -> Checkpoint | None:
         """The checkpoint with the highest score; the later one of equals.
 
         Args:
           like: as for `restore`.
+          form: as for `restore`.
 
         Returns:
           The checkpoint, or None if none has a score.
@@ -201,7 +213,8 @@ class Checkpoints:
           ValueError: as `restore`.
         """
         self.wait()
-        return self._first_good(lambda paths: ranking(paths, damaged=math.inf), like)
+        best_first = functools.partial(ranking, damaged=math.inf)
+        return self._first_good(best_first, form or (lambda notes: like))
 
     def _make_and_lock(self, step: int) -> None:
         try:
@@ -264,17 +277,17 @@ class Checkpoints:
         return "there is no earlier checkpoint"
 
     def _first_good(
-        self, ranked: Callable[[Mapping[int, Path]], list[int]], like: PyTree
+        self, ranked: Callable[[Mapping[int, Path]], list[int]], form: Form
     ) -> Checkpoint | None:
         paths, damaged = self._paths(), {}
         for step in ranked(paths):
             path = paths[step]
             try:
-                return self._read(step, path, like)
+                return self._read(step, path, form)
             except store.Damaged as error:
                 if not path.exists():
                     # The process that saves has removed it; it has written others.
-                    return self._first_good(ranked, like)
+                    return self._first_good(ranked, form)
                 warnings.warn(
                     f"the checkpoint {path} is damaged: {error}; it "
                     f"{self._set_aside(step, path)}, and an earlier one is used if "
@@ -295,10 +308,11 @@ class Checkpoints:
                 f"remove {self.directory} to start anew"
             )
 
-    def _read(self, step: int, path: Path, like: PyTree) -> Checkpoint:
+    def _read(self, step: int, path: Path, form: Form) -> Checkpoint:
         record = read_record(path)
         if self._about is not None:
             refuse_other_origin(path, record.about, self._about)
+        like = form(record.notes)
         leaves.refuse_other_layout(path, record.leaves, leaves.layout(like))
         if record.step != step:
             raise ValueError(

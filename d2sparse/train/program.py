@@ -1,6 +1,7 @@
 """A training, compiled: its initial state, its steps, its predictions."""
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -44,6 +45,33 @@ class Program(NamedTuple):
     def of(self, phase: int) -> "Program":
         """The program of the steps of a phase."""
         return self.others.get(phase, self)
+
+    def form(
+        self, phase: int, data: Data, settings: Settings | None = None
+    ) -> Progress:
+        """Shapes and types of the progress in a phase: what its checkpoints look like.
+
+        A phase of another training than the one before it hands over, which may change
+        the structure; its `enter` is traced. That of all others keeps the structure and
+        is not looked at, so it may decide on the host.
+
+        Args:
+          phase: number of the phase, -1 before the first; after the last, as in it.
+          data: training data, or its abstract form.
+          settings: as for `init`.
+
+        Returns:
+          The progress with a `jax.ShapeDtypeStruct` in place of every array.
+        """
+        phases = self.training.phases[: phase + 1]
+        begin = functools.partial(self.init, settings=settings)
+        progress: Progress = jax.eval_shape(begin, jax.random.key(0), data)
+        for before, after in itertools.pairwise(phases):
+            if after.training is not before.training:
+                progress = jax.eval_shape(
+                    lambda p, d, enter=after.enter: enter(p, d, self), progress, data
+                )
+        return progress
 
 
 def make_program(
@@ -116,7 +144,6 @@ def make_step(training: Training) -> Step:
             return gradient(state.params, state, examples, growth_key)[0]
 
         def grad_fn(params: PyTree, number: int) -> PyTree:
-            del number
             return gradient(params, state, batch, loss_key)[0]
 
         extra: dict[str, Any] = {"grad_fn": grad_fn}

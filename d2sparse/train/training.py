@@ -71,8 +71,9 @@ class Phase(NamedTuple):
       stop: step of the state before which the phase ends; it may have no steps.
       enter: `(progress, data, program) -> progress`: prune, rewind, keep, validate,
         hand over. It runs on the host between two steps, for one run. It keeps the
-        structure of the progress, unless the phase has a training of its own, and ends
-        the whole training where it returns `end(progress)`.
+        structure of the progress, unless the phase is of another training than the one
+        before it: then it may change it, and `jax.eval_shape` has to be able to trace
+        it. It ends the whole training where it returns `end(progress)`.
       indices: `(state, steps) -> int32[steps, batch]`, the examples of the next steps;
         None for all data in epochs.
       training: whose steps these are; None for the training the phase belongs to.
