@@ -22,7 +22,7 @@ Preset = Literal["averaged", "symmetric", "fast_slow", "constant"]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of the methods."""
+    """Methods."""
 
     sparsity: float = 0.8  # zeros among the prunable weights; a pair shares the rest
 

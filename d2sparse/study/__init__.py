@@ -18,8 +18,20 @@ from d2sparse.study.comparing import (
     default_workdir,
     refuse_all_failed,
 )
-from d2sparse.study.flags import Config, aside, check_choice, check_least, given
-from d2sparse.study.frames import difference, read_runs, summarise
+from d2sparse.study.flags import (
+    Config,
+    MethodName,
+    aside,
+    check_choice,
+    check_least,
+    given,
+)
+from d2sparse.study.frames import (
+    difference,
+    read_runs,
+    summarise,
+    with_difference,
+)
 from d2sparse.study.grid import Plan, Row, flags_used, list_rows, make_plans
 from d2sparse.study.reporting import Comparison, report
 from d2sparse.study.runner import End, Finished, Runner, run_plans
@@ -33,6 +45,7 @@ __all__ = [
     "End",
     "Experiment",
     "Finished",
+    "MethodName",
     "Plan",
     "Row",
     "Runner",
@@ -57,4 +70,5 @@ __all__ = [
     "save_ticket",
     "summarise",
     "table_of",
+    "with_difference",
 ]

@@ -208,10 +208,10 @@ def _add_flags(parser: argparse.ArgumentParser, config_type: type) -> list[str]:
         owner = _owner(config_type, field.name)
         groups.setdefault(owner, []).append(field)
     has_axes = any(field.name == "axes" for field in fields)
-    for owner in [cls for cls in inspect.getmro(config_type) if cls in groups]:
-        own = owner is config_type
+    bases = inspect.getmro(config_type)
+    for owner in [cls for cls in (bases[0], *bases[:0:-1]) if cls in groups]:
         doc = (owner.__doc__ or "").partition("\n")[0].rstrip(".")
-        group = parser.add_argument_group("flags of the experiment" if own else doc)
+        group = parser.add_argument_group(doc.lower())
         for field in groups[owner]:
             name = field.name.rstrip("_")
             _add_flag(group, config_type, field, has_axes)
@@ -245,7 +245,9 @@ def _add_flag(
         default = ",".join(map(str, default))
         options |= {"type": _separated(item), "metavar": f"{_type_name(item)},..."}
     elif choices := typing.get_args(kind) if _is_literal(kind) else ():
-        options |= {"choices": choices}
+        several = axes and field.compare
+        shown = f"{{{','.join(choices)}}}"
+        options |= {"type": _one_of(choices, several), "metavar": shown}
     else:
         plain = next(t for t in (*typing.get_args(kind), kind) if t is not type(None))
         several = axes and field.compare and plain in (int, float)
@@ -273,6 +275,15 @@ def _configured(config_type: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     return config_type(**plain)
 
 
+def _one_of(choices: Sequence[str], several: bool) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        words = [word.strip() for word in text.split(",")] if several else [text]
+        _refuse_unknown(words, choices)
+        return _Several(tuple(words)) if len(words) > 1 else words[0]
+
+    return parse
+
+
 def _number_or_several(kind: type) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         words = [word.strip() for word in text.split(",") if word.strip()]
@@ -289,16 +300,19 @@ def _separated(item_type: Any) -> Callable[[str], tuple[Any, ...]]:
 
     def parse(text: str) -> tuple[Any, ...]:
         words = [word.strip() for word in text.split(",") if word.strip()]
-        for word in words:
-            if choices and word not in choices:
-                known = ", ".join(choices)
-                raise argparse.ArgumentTypeError(
-                    f"invalid choice: {word!r} (choose from {known})"
-                )
+        _refuse_unknown(words, choices or words)
         return tuple(words if choices else map(item_type, words))
 
     parse.__name__ = f"comma-separated {_type_name(item_type)}"
     return parse
+
+
+def _refuse_unknown(words: Sequence[str], choices: Sequence[str]) -> None:
+    for word in words:
+        if word not in choices:
+            raise argparse.ArgumentTypeError(
+                f"invalid choice: {word!r} (choose from {', '.join(choices)})"
+            )
 
 
 def _boolean(text: str) -> bool:

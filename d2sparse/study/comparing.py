@@ -128,9 +128,9 @@ def default_workdir(experiment: str, config: Any) -> str:
     return f"runs/{experiment}-{config.dataset}{samples}-{digest[:6]}".replace(":", "-")
 
 
-def _identity(config: Config, source: Source, model: Model | None) -> dict[str, str]:
+def _identity(config: Config, source: Source, model: Model | None) -> dict[str, Any]:
     """Flags that tell data and networks apart which no flag names."""
-    flags = {}
+    flags: dict[str, Any] = {}
     if source.name != config.dataset:
         arrays = [*jax.tree.leaves(source.train), *jax.tree.leaves(source.test)]
         digest = hashlib.sha256()

@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 
 from d2sparse.constraints import METHODS, MIXES, Options
 
+MethodName = Literal[*METHODS]  # type: ignore[valid-type]
+MixName = Literal[*MIXES]  # type: ignore[valid-type]
 PrunableName = Literal["kernels", "convolutions", "body"]
 OptimizerName = Literal["sgd", "sgdw", "adamw"]
 ScheduleName = Literal["cosine", "constant"]
@@ -44,7 +46,9 @@ class NetworkFlags:
     model: str = "lenet_300_100"  # network, by its name in d2sparse.models
     width: float | None = None  # width, in the model's own unit; None: its default
     # What may be pruned; body is all kernels but those of the first layer and the head.
-    prunable: PrunableName = "kernels"
+    prunable: MethodName = Literal[*METHODS]  # type: ignore[valid-type]
+MixName = Literal[*MIXES]  # type: ignore[valid-type]
+PrunableName = "kernels"
     # Directory of a ticket that `experiments.lottery` has saved: single networks start
     # from its weights and masks.
     ticket: str = ""
@@ -55,6 +59,8 @@ class TrainingFlags:
     """Training."""
 
     steps: int = 1000  # optimiser steps of one training
+    # Passes over the labels in one training, in place of --steps; 0: by --steps.
+    epochs: float = 0.0
     batch_size: int = 32  # examples per step
     # sgd adds the weight decay to the gradient, sgdw and adamw to the step.
     optimizer: OptimizerName = "sgd"
@@ -94,16 +100,17 @@ class RunFlags:
 
 @dataclasses.dataclass(frozen=True)
 class Config(RunFlags, Options, TrainingFlags, NetworkFlags, DataFlags):
-    """A comparison: methods, values of flags, and seeds."""
+    """Comparison.
+
+    Methods, values of flags, and seeds.
+    """
 
     # What to compare: rows of `d2sparse.constraints.METHODS`.
-    methods: tuple[Literal[*METHODS], ...] = (  # type: ignore[valid-type]
-        *("dense", "static", "rigl"),
-    )
+    methods: tuple[MethodName, ...] = ("dense", "static", "rigl")
     # Constraints that every method is put under as well.
-    with_: tuple[Literal[*MIXES], ...] = ()  # type: ignore[valid-type]
-    # Values to compare by flag; several flags make a grid. On the command line a
-    # numeric flag with several values, such as --sparsity=0.8,0.9, is such an axis.
+    with_: tuple[MixName, ...] = ()
+    # Values to compare by flag; several flags make a grid. On the command line a flag
+    # with several values, such as --sparsity=0.8,0.9, is such an axis.
     axes: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -142,6 +149,7 @@ _LEAST = {
     "imbalance": 1,
     "seeds": 1,
     "steps": 1,
+    "epochs": 0,
     "batch_size": 1,
     "report_every": 1,
     "checkpoint_every": 0,

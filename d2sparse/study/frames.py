@@ -1,6 +1,6 @@
 """The results of a comparison as data frames: one tidy row a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,32 +72,66 @@ def summarise(runs: "pd.DataFrame", by: Sequence[str] = ("method",)) -> "pd.Data
 
 def difference(
     runs: "pd.DataFrame",
-    reference: str,
+    reference: Mapping[str, Any],
     by: Sequence[str] = ("method",),
     column: str = "accuracy",
 ) -> "pd.DataFrame":
-    """Differences to a method, paired by seed: mean and standard error.
+    """Differences to other runs, paired by seed: mean and standard error.
 
-    A run is compared with the run of the reference that has its seed and its values of
-    the flags that the reference goes by.
+    A run is compared with the reference that has its seed, and its values of all other
+    columns of `by` that the reference has values of.
 
     Args:
       runs: from `read_runs`.
-      reference: a method.
+      reference: values of columns that tell the reference, {"method": "rigl"}.
       by: the columns that tell rows of the result apart.
       column: what is compared.
 
     Returns:
       A row for every group that has a partner: the columns of `by`, difference and
       difference_error. The reference has no row.
+
+    >>> runs = pd.DataFrame({"method": ["dense", "rigl"] * 2, "seed": [0, 0, 1, 1],
+    ...                      "accuracy": [0.5, 0.75, 0.5, 1.0]})
+    >>> difference(runs, {"method": "dense"}).values.tolist()
+    [['rigl', 0.375, 0.125]]
     """
     by = [name for name in by if name in runs.columns]
-    other = runs[runs["method"] == reference]
-    shared = [name for name in by if name != "method" and other[name].notna().any()]
+    is_reference = np.logical_and.reduce([runs[k] == v for k, v in reference.items()])
+    other = runs[is_reference]
+    free = [name for name in by if name not in reference]
+    shared = [name for name in free if other[name].notna().any()]
     partner = other[[*shared, "seed", column]].rename(columns={column: "_partner"})
-    pairs = runs[runs["method"] != reference].merge(partner, on=[*shared, "seed"])
+    pairs = runs[~is_reference].merge(partner, on=[*shared, "seed"])
     pairs = pairs.assign(difference=pairs[column] - pairs["_partner"])
     groups = pairs.groupby(by, sort=False, dropna=False)["difference"]
     error = groups.std(ddof=1) / np.sqrt(groups.count())
     both = {"difference": groups.mean(), "difference_error": error}
     return pd.DataFrame(both).reset_index()
+
+
+def with_difference(
+    rows: "pd.DataFrame",
+    runs: "pd.DataFrame",
+    name: str,
+    reference: Mapping[str, Any],
+    by: Sequence[str] = ("method",),
+    column: str = "accuracy",
+) -> "pd.DataFrame":
+    """A summary with the columns "minus_<name>" and "minus_<name>_error".
+
+    Args:
+      rows: from `summarise` with the same `by`.
+      runs: what they summarise.
+      name: of the reference.
+      reference: as for `difference`.
+      by: as for `difference`.
+      column: what is compared.
+    """
+    by = [column for column in by if column in rows.columns]
+    names = {
+        "difference": f"minus_{name}",
+        "difference_error": f"minus_{name}_error",
+    }
+    apart = difference(runs, reference, by, column).rename(columns=names)
+    return rows.merge(apart, on=by, how="left")

@@ -144,8 +144,11 @@ def describe_base(config: Config, row: Row, like: Data, build: MakeModel) -> Kno
     """What is known before the training of a row is made."""
     flags = with_values(config, row)
     size = len(like.labels)
-    interval = refresh_interval(size, flags.batch_size, refresh_stop(flags.steps))
     epoch = data.steps_per_epoch(size, flags.batch_size)
+    if flags.epochs:
+        steps = max(round(flags.epochs * epoch), 1)
+        flags = dataclasses.replace(flags, steps=steps, epochs=0.0)
+    interval = refresh_interval(size, flags.batch_size, refresh_stop(flags.steps))
     flags = dataclasses.replace(
         flags,
         refresh_interval=flags.refresh_interval or interval,
@@ -162,15 +165,15 @@ def describe_base(config: Config, row: Row, like: Data, build: MakeModel) -> Kno
 
 def flags_used(rows: Iterable[Method], options: Options) -> set[str]:
     """The options that methods go by: those that are read to build them, or set."""
-    recorder = _Recorder(options)
-    sets: set[str] = set()
+    used: set[str] = set()
     for row in rows:
+        sets = {k: v for k, v in row.sets.items() if not callable(v)}
+        recorder = _Recorder(dataclasses.replace(options, **sets))
         row.constraints(recorder)  # type: ignore[arg-type]
-        for flag, value in row.sets.items():
-            sets.add(flag)
-            if callable(value):  # It is a function of the sparse network's cost.
-                sets.update(("sparsity", "rewind_fraction"))
-    return recorder.read | sets
+        used |= recorder.read | row.sets.keys()
+        if len(sets) < len(row.sets):  # Functions of what a sparse network costs.
+            used |= {"sparsity", "rewind_fraction"}
+    return used
 
 
 class _Recorder:
@@ -209,6 +212,8 @@ def check_effects(config: Config, methods: Mapping[str, Method] = METHODS) -> No
                 f"expected no {flag}, which none of {', '.join(config.methods)} goes "
                 f"by, got {values.get(flag, config.axes.get(flag))}; leave it away"
             )
+    if config.epochs and ("steps" in values or "steps" in config.axes):
+        raise ValueError("expected either steps or epochs, got both; leave one away")
     for flag in config.axes.keys() & values.keys():
         raise ValueError(
             f"expected either a value of {flag} or an axis of it, got {values[flag]} "

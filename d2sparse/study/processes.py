@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -129,12 +129,16 @@ class Agreed:
             self._answer = bool(np.any(answers))
 
 
-def _initialize(*place: Any) -> None:
+def _initialize(
+    address: str | None = None, total: int | None = None, number: int | None = None
+) -> None:
     # What moves numbers between processes where the devices are CPUs.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
-            *place,
+            address,
+            total,
+            number,
             initialization_timeout=MEETING,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=HEARTBEAT,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from d2sparse import plots, records
 from d2sparse.checks import optional
 from d2sparse.study.flags import Config, text_of
-from d2sparse.study.frames import difference, read_runs, summarise
+from d2sparse.study.frames import read_runs, summarise, with_difference
 from d2sparse.study.grid import Plan, Row
 from d2sparse.study.runner import judged
 from d2sparse.study.tables import STANDARD, table_of
@@ -69,14 +69,9 @@ def summary_rows(comparison: Comparison) -> "pd.DataFrame":
     rows = summarise(runs, by)
     by = [name for name in by if name in rows.columns]
     for reference in comparison.references:
-        if reference not in set(runs["method"]) or len(set(runs["method"])) < 2:
-            continue
-        names = {
-            "difference": f"minus_{reference}",
-            "difference_error": f"minus_{reference}_error",
-        }
-        apart = difference(runs, reference, by).rename(columns=names)
-        rows = rows.merge(apart, on=by, how="left")
+        if set(runs["method"]) > {reference}:
+            named = {"method": reference}
+            rows = with_difference(rows, runs, reference, named, by)
     order = {_key(plan.row, by): n for n, plan in enumerate(comparison.plans)}
     place = [order[_values(row, by)] for row in rows.to_dict("records")]
     return rows.assign(_place=place).sort_values("_place").drop(columns="_place")
@@ -155,10 +150,10 @@ def draw_sparsities(comparison: Comparison, rows: "pd.DataFrame") -> None:
         for row in labelled(comparison, rows)
         if row["zeros"] < 1
     ]
-    dense = [row for row in drawn if row["zeros"] == 0]
+    dense = next((row for row in drawn if row["zeros"] == 0), None)
     sparse = [row for row in drawn if row["zeros"] > 0]
     if sparse:
-        figure = plots.accuracy_against_sparsity(sparse, label, (dense or [None])[0])
+        figure = plots.accuracy_against_sparsity(sparse, label, dense)
         comparison.out.save_figure("accuracy_against_sparsity", figure)
 
 

@@ -233,7 +233,7 @@ def _train_together(runner: Runner, group: Sequence[tuple[_Member, Progress]]) -
 def _measure(member: _Member, progress: Progress) -> dict[str, Any]:
     """What is recorded of a run besides the metrics of its steps."""
     program = member.plan.program
-    own = program.of(max(int(progress.phase), 0))
+    own = program.of(int(progress.phase))
     return {
         **own.training.measure(progress.state),
         **monitor_accuracy(program, progress, member.splits),

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from d2sparse import data, train
@@ -37,7 +38,9 @@ class Splits:
         """The part of `outside` that is looked at in training."""
         if self.outside is None:
             return None
-        return train.take(self.outside, np.s_[:MONITOR_SIZE])
+        return train.take(
+            self.outside, jnp.arange(min(MONITOR_SIZE, len(self.outside.labels)))
+        )
 
 
 DrawSplits = Callable[[Any, int], Splits]
@@ -61,6 +64,11 @@ def make_draw_splits(source: Source) -> DrawSplits:
     return draw_splits
 
 
+def select(split: Split, indices: np.ndarray) -> Split:
+    """The examples at indices."""
+    return Split(split.images[indices], split.labels[indices])
+
+
 def _draw(flags: DataFlags, source: Source, seed: int) -> Splits:
     labels = source.train.labels
     if flags.imbalance > 1:
@@ -73,15 +81,15 @@ def _draw(flags: DataFlags, source: Source, seed: int) -> Splits:
     rest = np.random.default_rng(seed).permutation(rest)[:OUTSIDE_SIZE]
     if flags.validation_fraction:
         chosen, held_out = data.holdout(labels, chosen, flags.validation_fraction, seed)
-        judge: Split = data.select(source.train, held_out)
+        judge: Split = select(source.train, held_out)
     else:
         judge = source.test
-    training = data.select(source.train, chosen)
+    training = select(source.train, chosen)
     like = train.to_device(training)
     noisy = data.noisy_labels(
         training.labels, flags.label_noise, source.num_classes, seed
     )
-    outside = data.select(source.train, rest)
+    outside = select(source.train, rest)
     return Splits(
         train.to_device(training._replace(labels=noisy), like),
         train.to_device(judge, like),

@@ -43,8 +43,8 @@ class Program(NamedTuple):
     others: "Mapping[int, Program]"
 
     def of(self, phase: int) -> "Program":
-        """The program of the steps of a phase."""
-        return self.others.get(phase, self)
+        """The program of the steps of a phase; before the first, of the first."""
+        return self.others.get(max(phase, 0), self)
 
     def form(
         self, phase: int, data: Data, settings: Settings | None = None
