@@ -46,9 +46,7 @@ class NetworkFlags:
     model: str = "lenet_300_100"  # network, by its name in d2sparse.models
     width: float | None = None  # width, in the model's own unit; None: its default
     # What may be pruned; body is all kernels but those of the first layer and the head.
-    prunable: MethodName = Literal[*METHODS]  # type: ignore[valid-type]
-MixName = Literal[*MIXES]  # type: ignore[valid-type]
-PrunableName = "kernels"
+    prunable: PrunableName = "kernels"
     # Directory of a ticket that `experiments.lottery` has saved: single networks start
     # from its weights and masks.
     ticket: str = ""
