@@ -1,0 +1,3 @@
+"""The script that recorded golden.json is no test."""
+
+collect_ignore = ["record_old.py"]
