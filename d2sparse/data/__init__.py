@@ -1,5 +1,6 @@
 """Data sets, data budgets, streams of them, augmentation and corruptions."""
 
+from d2sparse.data.arrays import Source, Split, from_arrays, select
 from d2sparse.data.augment import (
     Augment,
     channel_statistics,
@@ -21,7 +22,7 @@ from d2sparse.data.corruptions import (
     occlusion,
 )
 from d2sparse.data.noise import noisy_labels
-from d2sparse.data.sources import Source, Split, load
+from d2sparse.data.sources import load
 from d2sparse.data.streams import (
     REPLAYS,
     Megabatch,
@@ -55,6 +56,7 @@ __all__ = [
     "cutout",
     "epoch_batches",
     "flip",
+    "from_arrays",
     "gaussian_noise",
     "holdout",
     "load",
@@ -63,6 +65,7 @@ __all__ = [
     "noisy_labels",
     "occlusion",
     "on_finest_grid",
+    "select",
     "shift",
     "standardize",
     "steps_per_epoch",

@@ -11,7 +11,7 @@ import io
 import itertools
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,26 +19,11 @@ from jax.experimental import multihost_utils
 
 from d2sparse import disk
 from d2sparse.checks import optional
+from d2sparse.data.arrays import Source, Split
 
 _DIGITS_TEST_PER_CLASS = 50
 _CHUNK = 4096
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
-
-class Split(NamedTuple):
-    """Examples in a fixed order: uint8[n, h, w, c] images and int32[n] labels."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-
-class Source(NamedTuple):
-    """A data set: its name, the official splits and the number of classes."""
-
-    name: str
-    train: Split
-    test: Split
-    num_classes: int
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Source:

@@ -24,7 +24,7 @@ class Model(NamedTuple):
         batch `x` matter. `model_state` is what the network carries apart from its
         parameters, such as BatchNorm statistics; `{}` when there is nothing.
       apply: `apply(params, model_state, x, *, train) -> (logits, model_state)` with
-        `x: float[batch, height, width, channels]` and
+        `x: float[batch, ...]`, of images `float[batch, height, width, channels]`, and
         `logits: float[batch, classes]`. `train` is static under jit. With
         `train=False` the state comes back unchanged.
     """

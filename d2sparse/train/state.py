@@ -55,28 +55,35 @@ class TrainState(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Labelled images on the device, and how to standardise them.
+    """Labelled examples on the device, and how to standardise images.
 
     Attributes:
-      images: uint8[n, height, width, channels].
+      images: uint8[n, height, width, channels], which the network sees standardised, or
+        float[n, ...] of any shape, which it sees as they are.
       labels: int32[n].
-      mean: float[channels], subtracted from images scaled to [0, 1].
+      mean: float[channels], subtracted from uint8 images scaled to [0, 1].
       std: float[channels], divided by.
+      further: further labels by name, such as a bias, a group or a domain: arrays of n
+        rows. A loss finds those of its batch in `batch.further`.
     """
 
     images: jax.Array
     labels: jax.Array
     mean: jax.Array
     std: jax.Array
+    further: Mapping[str, jax.Array] = {}
 
 
 def to_device(split: Split, like: Data | None = None) -> Data:
-    """Labelled images on the default device.
+    """Labelled examples on the default device.
 
     Args:
-      split: images and labels.
+      split: images or floats, and labels.
       like: data whose channel statistics are used, the training data for a test set;
-        if not given, those of the images themselves.
+        if not given, those of the images themselves. Floats need none.
+
+    Raises:
+      ValueError: the examples are neither uint8[n, h, w, c] nor floats.
 
     >>> import numpy as np
     >>> split = Split(np.zeros((4, 8, 8, 1), np.uint8), np.arange(4, dtype=np.int32))
@@ -84,25 +91,39 @@ def to_device(split: Split, like: Data | None = None) -> Data:
     (4, 8, 8, 1)
     """
     if like is not None:
-        return like._replace(
-            images=jnp.asarray(split.images), labels=jnp.asarray(split.labels)
-        )
-    return Data(*map(jnp.asarray, (*split, *channel_statistics(split.images))))
+        mean, std = like.mean, like.std
+    elif jnp.issubdtype(split.images.dtype, jnp.floating):
+        mean, std = jnp.zeros(()), jnp.ones(())
+    else:
+        mean, std = map(jnp.asarray, channel_statistics(split.images))
+    images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
+    further = {name: jnp.asarray(values) for name, values in split.further.items()}
+    return Data(images, labels, mean, std, further)
 
 
 def take(data: Data, indices: jax.Array) -> Data:
-    """The examples at the given indices.
+    """The examples at the given indices, with all their labels.
 
     >>> import numpy as np
     >>> split = Split(np.zeros((4, 8, 8, 1), np.uint8), np.arange(4, dtype=np.int32))
     >>> take(to_device(split), jnp.array([3, 1])).labels.tolist()
     [3, 1]
     """
-    return data._replace(images=data.images[indices], labels=data.labels[indices])
+    return data._replace(
+        images=data.images[indices],
+        labels=data.labels[indices],
+        further={name: values[indices] for name, values in data.further.items()},
+    )
 
 
 def inputs(data: Data) -> jax.Array:
-    """What a network sees: standardised images, float[n, height, width, channels]."""
+    """What a network sees: standardised images, or floats as they are, float[n, ...].
+
+    Raises:
+      ValueError: the examples are neither uint8 nor floats.
+    """
+    if jnp.issubdtype(data.images.dtype, jnp.floating):
+        return data.images
     return standardize(data.images, data.mean, data.std)
 
 
