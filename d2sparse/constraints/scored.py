@@ -132,7 +132,9 @@ def wanda(
             state = progress.state
             t = program.training
             x = t.inputs(_sample(state, data, samples), None)
-            entering = kernel_inputs(t.model, state.params, state.model_state, x)
+            read = taps.read(t.model.apply)
+            _, tapped = read(state.params, state.model_state, x, train=False)
+            entering = {f"{path}/kernel": tap.input for path, tap in tapped.items()}
             rule = rules.one_shot(sparsity, scores.wanda(entering), **own)
             pruned = lottery.rewind(state, _prune_once(state, rule))
             return progress._replace(state=pruned)
@@ -216,15 +218,6 @@ def make_logits(
         return model.apply(params, model_state, x, train=train)[0]
 
     return logits
-
-
-def kernel_inputs(
-    model: Model, params: PyTree, model_state: PyTree, x: jax.Array
-) -> dict[str, jax.Array]:
-    """What enters the layers of a network: float[batch, ..., features] by kernel."""
-    read = taps.read(model.apply)
-    _, found = read(params, model_state, x, train=False)
-    return {f"{path}/kernel": tap.input for path, tap in found.items()}
 
 
 def _sample(state: TrainState, data: Data, samples: int) -> Data:
