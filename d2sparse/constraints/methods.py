@@ -26,14 +26,15 @@ class Method(NamedTuple):
     """One way to train.
 
     Attributes:
-      constraints: options -> what the plain training is put under.
+      constraints: options -> what the plain training is put under; of the methods on a
+        stream, `streams.Streamed` -> that.
       sets: flags that it sets, by name; a value may be a function of what is known of
         the training, see `d2sparse.study`.
       tries: values to try when it is tuned, by flag, besides learning rate and weight
         decay.
     """
 
-    constraints: Callable[[Options], Constraints]
+    constraints: Callable[[Any], Constraints]
     sets: Mapping[str, Any] = {}
     tries: Mapping[str, tuple[Any, ...]] = {}
 

@@ -73,8 +73,9 @@ class Phase(NamedTuple):
         hand over. It runs on the host between two steps, for one run. It keeps the
         structure of the progress, unless the phase has a training of its own, and ends
         the whole training where it returns `end(progress)`.
-      indices: `(state, steps) -> int32[steps, batch]`, the examples of the next steps;
-        None for all data in epochs.
+      batches: `(progress, data, steps) -> int32[steps, batch]`, the examples of the
+        next steps; None for all data in epochs. It runs on the host, for one run, whose
+        state it must not keep.
       training: whose steps these are; None for the training the phase belongs to.
       title: where it is set, such as "round 3", the network is judged at the end of the
         phase and has a row of its own in the results.
@@ -82,7 +83,7 @@ class Phase(NamedTuple):
 
     stop: int
     enter: Enter = stay
-    indices: Callable[[TrainState, int], jax.Array] | None = None
+    batches: Callable[[Progress, Data, int], Any] | None = None
     training: "Training | None" = None
     title: str = ""
 
