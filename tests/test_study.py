@@ -83,11 +83,11 @@ def test_rows_that_differ_in_settings_alone_share_a_program():
 
 
 def test_flags_of_a_method_are_those_given_then_its_own_then_the_axes():
-    (sharp,) = plans_of(methods=("d2_averaged_sharp",), with_=(), axes={})
+    flags = {"with_": (), "rounds": study.Config.rounds}
+    (sharp,) = plans_of(methods=("d2_averaged_sharp",), axes={}, **flags)
     assert (sharp.config.sharpness, sharp.config.preset) == (0.05, "averaged")
-    first, _ = plans_of(
-        methods=("d2_sharp",), with_=(), axes={"sharpness": (0.02, 0.04)}
-    )
+    axes = {"sharpness": (0.02, 0.04)}
+    first, _ = plans_of(methods=("d2_sharp",), axes=axes, **flags)
     assert (first.config.sharpness, first.config.preset) == (0.02, "symmetric")
 
 

@@ -132,9 +132,7 @@ def wanda(
             state = progress.state
             t = program.training
             x = t.inputs(_sample(state, data, samples), None)
-            read = taps.read(t.model.apply)
-            _, tapped = read(state.params, state.model_state, x, train=False)
-            entering = {f"{path}/kernel": tap.input for path, tap in tapped.items()}
+            entering = kernel_inputs(t.model, state.params, state.model_state, x)
             rule = rules.one_shot(sparsity, scores.wanda(entering), **own)
             pruned = lottery.rewind(state, _prune_once(state, rule))
             return progress._replace(state=pruned)
@@ -207,6 +205,15 @@ def _prune_once(state: TrainState, rule: rules.MaskRule) -> PyTree:
     # Not compiled as a whole: a rule refuses NaN among scores that it can see.
     live = get_masks(state.opt_state)
     return rule.update(live, state.params, None, 0, jax.random.key(0))
+
+
+def kernel_inputs(
+    model: Model, params: PyTree, model_state: PyTree, x: Any
+) -> dict[str, jax.Array]:
+    """The activations that enter every kernel, by its path."""
+    read = taps.read(model.apply)
+    _, tapped = read(params, model_state, x, train=False)
+    return {f"{path}/kernel": tap.input for path, tap in tapped.items()}
 
 
 def make_logits(
