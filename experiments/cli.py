@@ -162,7 +162,8 @@ def _refuse_addresses(config: object) -> None:
 
 def _own_command() -> str:
     module = sys.modules["__main__"].__spec__
-    program = ["python", "-m", module.name] if module else ["python", sys.argv[0]]
+    name = module.name.removesuffix(".__main__") if module else ""
+    program = ["python", "-m", name] if name else ["python", sys.argv[0]]
     return shlex.join([*program, *sys.argv[1:]])
 
 

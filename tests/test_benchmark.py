@@ -17,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from d2sparse import distributions, masks, train, tree
 from d2sparse.transforms import get_masks
 from experiments import benchmark, cli
-from experiments.benchmarks import (
+from experiments.benchmark import (
     measure,
     memory,
     refresh,
@@ -26,8 +26,8 @@ from experiments.benchmarks import (
     training,
     workload,
 )
-from experiments.benchmarks.measure import Candidate, Table, Timing
-from experiments.benchmarks.targets import TARGETS, Target, judge
+from experiments.benchmark.measure import Candidate, Table, Timing
+from experiments.benchmark.targets import TARGETS, Target, judge
 
 LENET = ("lenet_300_100",)
 TINY = benchmark.Config(quick=True, models=LENET, members=LENET, rounds=1)

@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from d2sparse.masks import dense_masks
-from experiments import communication, scaling
-from experiments.communication import (
+from experiments import scaling
+from experiments.scaling import (
     check,
     collectives,
     formulae,
@@ -22,10 +22,10 @@ from experiments.communication import (
     sharding,
     trees,
 )
-from experiments.communication.check import CHECKED, CHECKED_WIDE
-from experiments.communication.collectives import Collective
-from experiments.communication.formulae import Traffic
-from experiments.communication.methods import METHODS
+from experiments.scaling.check import CHECKED, CHECKED_WIDE
+from experiments.scaling.collectives import Collective
+from experiments.scaling.formulae import Traffic
+from experiments.scaling.methods import METHODS
 
 KEY = jax.random.key(0)
 # Compiling takes nearly all the time: every method and number of devices, but not all
@@ -43,8 +43,10 @@ TREES = {
     # Wide digits where the leaves compete; each on its own would have narrow ones.
     "mixed": {"a": (512, 512), "b": (16, 3)},
 }
-ROOMS = pkgutil.walk_packages(communication.__path__, "experiments.communication.")
-MODULES = ["experiments.scaling", *(room.name for room in ROOMS)]
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(scaling.__path__, "experiments.scaling.")
+]
 
 
 @functools.cache

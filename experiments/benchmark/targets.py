@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from experiments.benchmarks.measure import Table, shown
-from experiments.benchmarks.refresh import RULES
-from experiments.benchmarks.steps import OPTIMIZERS, SGD, WRAPPED
-from experiments.benchmarks.training import SPARSE
+from experiments.benchmark.measure import Table, shown
+from experiments.benchmark.refresh import RULES
+from experiments.benchmark.steps import OPTIMIZERS, SGD, WRAPPED
+from experiments.benchmark.training import SPARSE
 
 MAGNITUDE = ("magnitude, each leaf (ERK)", "magnitude, global")
 OURS = (*RULES, *(WRAPPED.format(name) for name in OPTIMIZERS))

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 
-from experiments.benchmarks.measure import Table, temporary_bytes
-from experiments.communication.collectives import Collective, collectives
-from experiments.communication.formulae import (
+from experiments.benchmark.measure import Table, temporary_bytes
+from experiments.scaling.collectives import Collective, collectives
+from experiments.scaling.formulae import (
     Traffic,
     gathered_bytes,
     temporary_bounds,
     traffic,
 )
-from experiments.communication.methods import METHODS
-from experiments.communication.programs import compile_refresh, compile_sort
-from experiments.communication.sharding import make_shardings
+from experiments.scaling.methods import METHODS
+from experiments.scaling.programs import compile_refresh, compile_sort
+from experiments.scaling.sharding import make_shardings
 
 CHECKED_ON = (2, 4, 8)
 CHECKED = {

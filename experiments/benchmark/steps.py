@@ -14,7 +14,7 @@ from d2sparse.masks import apply_masks
 from d2sparse.schedules import every
 from d2sparse.transforms import sparsify
 from d2sparse.tree import PyTree
-from experiments.benchmarks.measure import (
+from experiments.benchmark.measure import (
     Candidate,
     Table,
     carried,
@@ -23,7 +23,7 @@ from experiments.benchmarks.measure import (
     temporary_bytes,
     time_call,
 )
-from experiments.benchmarks.workload import (
+from experiments.benchmark.workload import (
     Sizes,
     make_params,
     param_shapes,

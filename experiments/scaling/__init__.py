@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from experiments import cli
-from experiments.benchmarks.measure import Table, to_markdown
-from experiments.communication.check import CHECKED_ON, check_table
-from experiments.communication.formulae import (
+from experiments.benchmark.measure import Table, to_markdown
+from experiments.scaling.check import CHECKED_ON, check_table
+from experiments.scaling.formulae import (
     COUNT,
     digit_bits,
     fewest_passes,
@@ -29,9 +28,9 @@ from experiments.communication.formulae import (
     temporary_bounds,
     traffic,
 )
-from experiments.communication.methods import METHODS
-from experiments.communication.sharding import local_weights
-from experiments.communication.trees import TREES, Shapes, num_weights
+from experiments.scaling.methods import METHODS
+from experiments.scaling.sharding import local_weights
+from experiments.scaling.trees import TREES, Shapes, num_weights
 
 FORMULAE = """\
 Of P devices a leaf is sharded over w, along the axis with the largest w = gcd(axis, P).
@@ -249,9 +248,3 @@ def memory_table(trees: Mapping[str, Shapes], devices: Sequence[int]) -> Table:
         "least that sorting leaf by leaf needs."
     )
     return Table("Memory of a refresh", note, columns, rows)
-
-
-if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", max(CHECKED_ON))
-    cli.main(run, Config)

@@ -13,7 +13,7 @@ from d2sparse.masks import apply_masks
 from d2sparse.rules import MaskRule
 from d2sparse.schedules import alternating, cubic
 from d2sparse.tree import PyTree
-from experiments.benchmarks.measure import (
+from experiments.benchmark.measure import (
     Candidate,
     Table,
     Timing,
@@ -22,7 +22,7 @@ from experiments.benchmarks.measure import (
     take_turns,
     temporary_bytes,
 )
-from experiments.benchmarks.workload import Sizes, make_params, num_cores, random_masks
+from experiments.benchmark.workload import Sizes, make_params, num_cores, random_masks
 
 # Where in its schedule a rule is refreshed: AC/DC begins a compressed phase there.
 STEP, END = 50, 100

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from experiments.communication.trees import Shapes
+from experiments.scaling.trees import Shapes
 
 
 def split_axis(shape: Sequence[int], devices: int) -> int:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from experiments.communication.methods import Method
-from experiments.communication.trees import Shapes
+from experiments.scaling.methods import Method
+from experiments.scaling.trees import Shapes
 
 
 def compile_refresh(

@@ -13,9 +13,9 @@ from d2sparse.masks import apply_masks
 from d2sparse.schedules import every
 from d2sparse.train import TrainState
 from d2sparse.transforms import sparsify
-from experiments.benchmarks.measure import Candidate, Table, carried, take_turns
-from experiments.benchmarks.steps import OPTIMIZERS, SGD, sparse_state
-from experiments.benchmarks.workload import (
+from experiments.benchmark.measure import Candidate, Table, carried, take_turns
+from experiments.benchmark.steps import OPTIMIZERS, SGD, sparse_state
+from experiments.benchmark.workload import (
     CLASSES,
     Sizes,
     random_data,

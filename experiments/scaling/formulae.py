@@ -6,9 +6,9 @@ All are functions of a method, the leaves and the devices; nothing is compiled h
 import math
 from typing import NamedTuple
 
-from experiments.communication.methods import Method
-from experiments.communication.sharding import groups, local_weights, ways
-from experiments.communication.trees import Shapes, num_weights
+from experiments.scaling.methods import Method
+from experiments.scaling.sharding import groups, local_weights, ways
+from experiments.scaling.trees import Shapes, num_weights
 
 # How the library counts scores: a pass for every digit of 32 bits, which are wide where
 # there are many more scores than bins, and as many again for the ties.

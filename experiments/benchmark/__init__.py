@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Literal
 
 from d2sparse import disk, distributions
-from experiments import cli
-from experiments.benchmarks.measure import Table, to_markdown
-from experiments.benchmarks.memory import memory_table
-from experiments.benchmarks.refresh import refresh_table
-from experiments.benchmarks.steps import compile_table, step_table
-from experiments.benchmarks.targets import targets_table
-from experiments.benchmarks.training import seeds_table, training_table
-from experiments.benchmarks.workload import Sizes, machine, make_sizes, param_shapes
+from experiments.benchmark.measure import Table, to_markdown
+from experiments.benchmark.memory import memory_table
+from experiments.benchmark.refresh import refresh_table
+from experiments.benchmark.steps import compile_table, step_table
+from experiments.benchmark.targets import targets_table
+from experiments.benchmark.training import seeds_table, training_table
+from experiments.benchmark.workload import Sizes, machine, make_sizes, param_shapes
 
 Section = Literal["refresh", "step", "training", "compile", "seeds", "memory"]
 SECTIONS: Mapping[Section, Callable[[Sizes], Table]] = {
@@ -168,7 +167,3 @@ def show(text: str) -> str:
     """Prints a part of the report at once and returns it as it was printed."""
     print(text + "\n", flush=True)
     return text + "\n"
-
-
-if __name__ == "__main__":
-    cli.main(run, Config)

@@ -5,7 +5,7 @@ of one device over that of several. Fake devices share the cores of one machine:
 the best that can be had is the number of cores over the number of devices.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 \
-      python -m experiments.weak_scaling
+      python -m experiments.scaling.weak
 """
 
 import dataclasses

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from d2sparse import train
 from d2sparse.train import Data, Metrics, TrainState
-from experiments.benchmarks.measure import Table
-from experiments.benchmarks.training import (
+from experiments.benchmark.measure import Table
+from experiments.benchmark.training import (
     AT_ONCE,
     DENSE,
     SPARSE,
@@ -17,7 +17,7 @@ from experiments.benchmarks.training import (
     make_members,
     pick_members,
 )
-from experiments.benchmarks.workload import Sizes, random_data
+from experiments.benchmark.workload import Sizes, random_data
 
 STEPS = 2  # Of the measured programs.
 LARGE = (DENSE, SPARSE)  # How the large network is trained.
