@@ -1,7 +1,7 @@
-"""Timing candidates against each other, and reading compiled programs.
+"""Interleaved timings, and the memory of compiled programs.
 
-All candidates of a table take turns in one process, so that the load of the machine
-falls on each alike; what is compared are medians.
+All candidates of a table are timed in turns in one process, so that other load of the
+machine slows each of them alike. Medians are compared.
 """
 
 import math
@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2sparse import records
 from d2sparse.tree import PyTree
 
 
@@ -22,7 +21,7 @@ class Candidate(NamedTuple):
 
     Attributes:
       call: does the work once; the arrays it returns are waited for.
-      slow: it takes turns in the first few rounds only.
+      slow: whether it is timed in the first few rounds only.
     """
 
     call: Callable[[], object]
@@ -41,86 +40,77 @@ class Timing(NamedTuple):
     cpu: float
 
     def over(self, times: int) -> "Timing":
-        """Of one of so many things that were done in the call."""
+        """The time of each of several repetitions inside of one call."""
         return Timing(self.wall / times, self.cpu / times)
 
-
-class Table(NamedTuple):
-    """What a section has measured.
-
-    Attributes:
-      title: its heading.
-      note: what the columns mean.
-      columns: title by key, as `records.markdown_table` takes them.
-      rows: cells by key; numbers are not rounded yet.
-    """
-
-    title: str
-    note: str
-    columns: Mapping[str, str]
-    rows: list[dict[str, Any]]
+    def cells(self) -> dict[str, float]:
+        """The two columns of a table."""
+        return {"ms": 1e3 * self.wall, "CPU ms": 1e3 * self.cpu}
 
 
-def take_turns(
+def time_in_turns(
     candidates: Mapping[str, Candidate], rounds: int, slow_rounds: int
 ) -> dict[str, Timing]:
     """Median time of every candidate, its first call left out.
 
     Args:
       candidates: by name.
-      rounds: timings of each.
-      slow_rounds: timings of each that is slow.
+      rounds: number of timings of each.
+      slow_rounds: number of timings of each slow one.
     """
     for candidate in candidates.values():
         jax.block_until_ready(candidate.call())
     timings: dict[str, list[Timing]] = {name: [] for name in candidates}
-    for turn in range(rounds):
+    for number in range(rounds):
         for name, candidate in candidates.items():
-            if turn < slow_rounds or not candidate.slow:
+            if number < slow_rounds or not candidate.slow:
                 timings[name].append(time_call(candidate.call))
     return {n: Timing(*map(float, np.median(t, axis=0))) for n, t in timings.items()}
 
 
 def time_call(call: Callable[[], object]) -> Timing:
-    """Seconds of one call, until the arrays it returns are there."""
+    """Seconds of one call, until the arrays it returns are computed."""
     wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(call())
     return Timing(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def carried(step: Callable[..., Any], state: Any, *rest: Any) -> Callable[[], Any]:
-    """Calls `state, _ = step(state, *rest)`, whose state is donated, again and again.
+def stateful(step: Callable[..., Any], state: Any, *rest: Any) -> Callable[[], Any]:
+    """Calls `state, output = step(state, *rest)`, each time with the last state.
 
     Args:
-      step: it returns the next state and anything else, which is given back.
-      state: where to start. It is copied, so that the caller's arrays live on.
+      step: may donate its state.
+      state: of the first call. It is copied, so that the caller's arrays live on.
       rest: further arguments, the same for every call.
+
+    Returns:
+      A function without arguments that waits for the state and returns the output.
     """
-    held = jax.tree.map(jnp.copy, state)
+    current = jax.tree.map(jnp.copy, state)
 
     def call() -> Any:
-        nonlocal held
-        held, other = step(held, *rest)
-        jax.block_until_ready(held)
-        return other
+        nonlocal current
+        current, output = step(current, *rest)
+        jax.block_until_ready(current)
+        return output
 
     return call
 
 
-def in_one_program(function: Callable[..., Any], times: int) -> Callable[..., Any]:
-    """Calls a function with the same arguments again and again, in a scan.
+def repeated(function: Callable[..., Any], times: int) -> Callable[..., Any]:
+    """Calls a function several times with the same arguments, in a scan.
 
     Args:
       function: of arrays.
-      times: how often it is called; once is without a scan.
+      times: number of calls; for 1 the function itself is returned.
 
     Returns:
-      A function of the same arguments; it returns what the last call does.
+      A function of the same arguments, which returns the result of the last call.
     """
     if times == 1:
         return function
 
-    def repeated(*args: Any) -> Any:
+    def scanned(*args: Any) -> Any:
         # Each call waits for the one before it: none is moved out of the loop.
         def call(last: Any, _: None) -> tuple[Any, None]:
             given, _ = jax.lax.optimization_barrier((args, last))
@@ -130,7 +120,7 @@ def in_one_program(function: Callable[..., Any], times: int) -> Callable[..., An
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(call, start, length=times)[0]
 
-    return repeated
+    return scanned
 
 
 def num_bytes(tree: PyTree) -> int:
@@ -139,7 +129,7 @@ def num_bytes(tree: PyTree) -> int:
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> float:
-    """Bytes a program needs beside its arguments and results; NaN if it does not say.
+    """Bytes a program needs beside its arguments and results; NaN if it is not known.
 
     >>> double = jax.jit(lambda x: 2 * x).lower(np.float32(1)).compile()
     >>> temporary_bytes(double)
@@ -147,38 +137,3 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> float:
     """
     memory = compiled.memory_analysis()
     return math.nan if memory is None else float(memory.temp_size_in_bytes)
-
-
-def to_markdown(table: Table) -> str:
-    """Heading, table and note.
-
-    >>> rows = [{"what": "sort", "ms": 1234.5}, {"what": "torch", "ms": "absent"}]
-    >>> columns = {"what": "what", "ms": "ms"}
-    >>> print(to_markdown(Table("Refresh", "Medians.", columns, rows)))
-    ## Refresh
-    <BLANKLINE>
-    | what   |     ms |
-    |:-------|-------:|
-    | sort   |  1,234 |
-    | torch  | absent |
-    <BLANKLINE>
-    Medians.
-    """
-    cells = [{key: shown(cell) for key, cell in row.items()} for row in table.rows]
-    text = records.markdown_table(cells, table.columns)
-    return f"## {table.title}\n\n{text}\n\n{table.note}"
-
-
-def shown(cell: Any) -> str:
-    """A cell as it is printed: numbers to about three digits.
-
-    >>> [shown(x) for x in (1234.5, 123.4, 12.34, 1.234, 0.01234, 8, "yes", math.nan)]
-    ['1,234', '123', '12.3', '1.23', '0.0123', '8', 'yes', '—']
-    """
-    if not isinstance(cell, float):
-        return str(cell)
-    if math.isnan(cell):
-        return "—"
-    if abs(cell) >= 100:
-        return f"{cell:,.0f}"
-    return f"{cell:.1f}" if abs(cell) >= 10 else f"{cell:.3g}"
