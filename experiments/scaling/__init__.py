@@ -3,34 +3,26 @@
 Formulae for the bytes that a refresh sends, the time of a ring and the memory of every
 device, as functions of the leaves and the devices; beside gathering the scores to sort
 them. Small programs are compiled for 2, 4 and 8 fake CPU devices, and what they
-communicate is held against the formulae. Nothing is timed. The whole takes a minute.
+communicate is compared with the formulae. Nothing is timed. The whole takes a minute.
 
     python -m experiments.scaling > docs/scaling.md
+
+`experiments.scaling.weak` measures a training on more and more devices.
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
 
 import jax
 
-from experiments.benchmark.measure import Table, to_markdown
-from experiments.scaling.check import CHECKED_ON, check_table
-from experiments.scaling.formulae import (
-    COUNT,
-    digit_bits,
-    fewest_passes,
-    gather_seconds,
-    gathered_bytes,
-    histogram_bytes,
-    is_refused,
-    ring_seconds,
-    temporary_bounds,
-    traffic,
+from experiments.benchmark.tables import Table, to_markdown
+from experiments.scaling.leaves import NETWORKS
+from experiments.scaling.tables import (
+    CHECKED_ON,
+    bytes_table,
+    check_table,
+    memory_table,
+    time_table,
 )
-from experiments.scaling.methods import METHODS
-from experiments.scaling.sharding import local_weights
-from experiments.scaling.trees import TREES, Shapes, num_weights
 
 FORMULAE = """\
 Of P devices a leaf is sharded over w, along the axis with the largest w = gcd(axis, P).
@@ -87,10 +79,9 @@ LIMITS = """\
 class Config:
     """Flags of the scaling tables."""
 
-    # For which the tables are computed.
-    devices: tuple[int, ...] = (8, 64, 512, 4096)
-    latency_us: float = 10.0  # of one message between two devices, an assumption
-    bandwidth_gb: float = 10.0  # 10**9 bytes a second and device, an assumption
+    devices: tuple[int, ...] = (8, 64, 512, 4096)  # numbers of devices, one a column
+    latency_us: float = 10.0  # microseconds of one message between two devices, assumed
+    bandwidth_gb: float = 10.0  # 10**9 bytes a second and device, assumed
     # Compile programs for 2, 4 and 8 fake devices and compare what they communicate.
     check: bool = True
 
@@ -102,10 +93,11 @@ def run(config: Config) -> dict[str, Table]:
       ValueError: a flag is out of its range, or there are too few devices to check on.
     """
     check_config(config)
-    trees = {name: make() for name, make in TREES.items()}
+    trees = {name: shapes() for name, shapes in NETWORKS.items()}
+    ring = (config.latency_us * 1e-6, config.bandwidth_gb * 1e9)
     tables = {
         "bytes": bytes_table(trees),
-        "time": time_table(trees, config),
+        "time": time_table(trees, config.devices, *ring),
         "memory": memory_table(trees, config.devices),
     }
     if config.check:
@@ -135,116 +127,3 @@ def check_config(config: Config) -> None:
             f"expected {max(CHECKED_ON)} devices to compile for, got "
             f"{jax.device_count()}; set jax_num_cpu_devices, or pass --nocheck"
         )
-
-
-def bytes_table(trees: Mapping[str, Shapes]) -> Table:
-    """Bytes of a refresh, on any number of devices that all sharded leaves divide."""
-    devices, rows = 8, []
-    for model, shapes in trees.items():
-        for what, method in METHODS.items():
-            row = {
-                "what": what,
-                "model": model,
-                "weights": num_weights(shapes) / 1e6,
-                "leaves": len(shapes),
-            }
-            if is_refused(method, shapes):
-                rows.append(row | {"most": "refused"})
-                continue
-            bits = digit_bits(shapes, method.each_leaf)
-            passes, sent = fewest_passes(bits), traffic(method, shapes, devices)
-            numbers = {
-                "bits": bits,
-                "calls": sent.calls(2 * passes),
-                "fewest": sent.bytes(passes) / 1e6,
-                "most": sent.bytes(2 * passes) / 1e6,
-                "gathered": gathered_bytes(method, shapes, devices) / 1e6,
-            }
-            rows.append(row | numbers)
-    columns = {
-        "what": "refresh",
-        "model": "model",
-        "weights": "weights (M)",
-        "leaves": "leaves",
-        "bits": "bits a digit",
-        "fewest": "MB, no ties",
-        "most": "MB, at most",
-        "gathered": "MB of scores gathered",
-        "calls": "calls on 8 devices, at most",
-    }
-    note = (
-        "Weights: those of leaves with two axes or more, class token and position "
-        "embedding left out. MB: 10^6 bytes that every device gives to the "
-        "all-reduces of a refresh; the same from 8 devices to 4096. On more devices "
-        "leaves differ in how far they divide, which adds calls."
-    )
-    return Table("Bytes of a refresh", note, columns, rows)
-
-
-def time_table(trees: Mapping[str, Shapes], config: Config) -> Table:
-    """Time of a refresh on a ring, beside that of gathering the scores."""
-    latency, bandwidth = config.latency_us * 1e-6, config.bandwidth_gb * 1e9
-    rows = []
-    for model, shapes in trees.items():
-        for what, method in METHODS.items():
-            if is_refused(method, shapes):
-                continue
-            passes = 2 * fewest_passes(digit_bits(shapes, method.each_leaf))
-            searched, gathered = (
-                {"what": name, "model": model}
-                for name in (what, f"{what}, scores gathered")
-            )
-            for n in config.devices:
-                link = (latency, bandwidth)
-                seconds = ring_seconds(method, shapes, n, passes, *link)
-                searched[f"{n}"] = 1e3 * seconds
-                gathered[f"{n}"] = 1e3 * gather_seconds(method, shapes, n, *link)
-            rows += [searched, gathered]
-    columns = {"what": "refresh", "model": "model"}
-    columns |= {f"{n}": f"{n} devices" for n in config.devices}
-    note = (
-        f"ms of communication on a ring, by the formula, with {config.latency_us:g} µs "
-        f"a message and {config.bandwidth_gb:g} * 10^9 bytes a second, both assumed; "
-        "of as many passes as there can be, whose calls do not overlap."
-    )
-    return Table("Time on a ring", note, columns, rows)
-
-
-def memory_table(trees: Mapping[str, Shapes], devices: Sequence[int]) -> Table:
-    """Memory of a refresh by RigL on every device."""
-    method, rows = METHODS["RigL"], []
-    for model, shapes in trees.items():
-        bits = digit_bits(shapes, method.each_leaf)
-        for n in devices:
-            held = local_weights(shapes, n)
-            least, most = temporary_bounds(method, shapes, n)
-            numbers = {
-                "params": COUNT * held,
-                "masks": held,
-                "histograms": histogram_bytes(bits, len(shapes)),
-                "least": least,
-                "most": most,
-                "gathered": COUNT * max(map(math.prod, shapes.values())),
-            }
-            row = {"what": model, "devices": n}
-            rows.append(row | {key: size / 1e6 for key, size in numbers.items()})
-    columns = {
-        "what": "model",
-        "devices": "devices",
-        "params": "weights",
-        "masks": "masks",
-        "histograms": "histograms",
-        "least": "temporary, at least",
-        "most": "temporary, at most",
-        "gathered": "largest leaf gathered",
-    }
-    note = (
-        "MB on each device, under RigL; the gradients take as much as the weights. "
-        "Temporary: at least a histogram of every leaf and a key of 4 bytes for each "
-        "local weight; at most 13 bytes a local weight (9 by magnitude), 12 more in "
-        "the largest leaf and five copies of the histograms, which bounds the programs "
-        "that were compiled. The masks are the only state, 1 byte a weight. Replicated "
-        "weights are those of one device. Largest leaf gathered: its scores, the "
-        "least that sorting leaf by leaf needs."
-    )
-    return Table("Memory of a refresh", note, columns, rows)
