@@ -63,7 +63,7 @@ OLD = anytime.Config(
     progress=False,
 )
 STREAM = StreamOptions(megabatches=3, epochs=2, tau=3.0, score_batch=5)
-OPTIONS = Options(refresh_interval=2, horizon=6)
+OPTIONS = Options(refresh_interval=2)
 STAGES = 3
 
 
@@ -410,6 +410,14 @@ def test_layers_add_up():
     layers = layer_densities(made.training.network, masks)
     assert layers == {"dense1/kernel": 1.0, "dense2/kernel": 1.0, "head/kernel": 0.1}
     assert live_weights(made.training.network, masks)["head/kernel"] == 10
+
+
+def test_what_is_not_given_follows_from_the_steps_of_the_stream():
+    given = Streamed(Options(growth_samples=0), STREAM, labelled().labels)
+    training = constrain(start(), *STREAM_METHODS["rigl"].constraints(given))
+    refreshes = [step for step in range(52) if training.when(step)]
+    assert refreshes == [25]  # At least 25 steps apart, in the first 39.
+    assert training.settings["sparsity"] == 1 - 0.8**STREAM.tau
 
 
 # Refusals
