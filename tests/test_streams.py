@@ -12,6 +12,7 @@ import runs
 
 from d2sparse import data, models, train
 from d2sparse.constraints import (
+    METHODS,
     STREAM_METHODS,
     Arrival,
     Moves,
@@ -400,6 +401,31 @@ def test_a_best_epoch_that_is_too_dense_is_put_under_the_last_masks(pair):
     ):
         np.testing.assert_array_equal(kept, jnp.where(live, old, 0))
     assert same(stages._under_last_masks(later, best), later)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["granet", "ac_dc", "top_kast", "sr_ste", "str", "powerprop", "dense_mutual"],
+)
+def test_other_trainings_of_one_phase_learn_on_a_stream(name):
+    within = Options(0.5, refresh_interval=4, growth_samples=0, group=2)
+    inner = METHODS[name].constraints(within)
+    around = stream(STREAM, labelled().labels)
+    made = make_program(constrain(start(), LENGTH, *inner, around))
+    stages_ended = learn(made)
+    assert len(stages_ended) == STAGES
+    for (state, spent), stage in zip(
+        stages_ended, plan(STREAM, labelled().labels, 8), strict=True
+    ):
+        assert int(state.step) == stage.end
+        assert spent > 0
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    used = made.training.masks(state).used
+    network = made.training.network
+    left = sum(live_weights(network, used).values()) / network.weights
+    if name not in ("dense_mutual", "str"):
+        assert left == pytest.approx(0.5, abs=0.01)
 
 
 def test_layers_add_up():
