@@ -164,6 +164,7 @@ def walked(tmp_path_factory):
         config = dataclasses.replace(OLD, methods=names, workdir=workdir, **changes)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(walks.Walk, "depart", watched)
+            patch.setattr(anytime, "report", lambda *_: {})  # Figures take long.
             anytime.run(config)
         return found
 
