@@ -167,7 +167,7 @@ def _train_group(
 
     def begin(plan: Plan, seed: int) -> tuple[_Member, Progress]:
         tracker = Tracker(
-            unit_of(plan, seed), runner.config, runner.out, note, interrupted
+            unit_of(plan, seed), plan.config, runner.out, note, interrupted
         )
         splits = runner.draw_splits(plan.config, seed)
         names = plan.program.training.settings
