@@ -5,31 +5,34 @@ the rest goes in every round, back to the end of epoch 3. Here the last step cou
 not the best epoch on the test set, and a round goes on from epoch 3 to epoch 200.
 
     python -m experiments.data_efficient_lth
-    python -m experiments.data_efficient_lth --rounds=5 --samples_per_class=100
+    python -m experiments.data_efficient_lth --samples_per_class=100 --seeds=3
 """
 
 import dataclasses
 
-from experiments import cli, lottery
-from experiments.task import PrunableName
+from d2sparse.study import cli
+from d2sparse.study.flags import PrunableName
+from experiments import lottery
+
+ROUNDS = 15
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(lottery.Config):
-    """The flags of `experiments.lottery`, with the defaults of the recipe."""
+    """What is pruned, with the defaults of the recipe."""
 
-    dataset: str = "cifar10"
-    samples_per_class: int = 500
-    model: str = "resnet18"
-    sparsity: float | None = None
-    rounds: int = 15
-    prunable: PrunableName = "convolutions"
-    epochs: int = 200
-    rewind_fraction: float = 3 / 200
-    batch_size: int = 100
-    shift: int = 4
-    flip: bool = True
-    report_every: int = 500
+    dataset: str = "cifar10"  # any TFDS image classification set
+    samples_per_class: int = 500  # training labels of every class; 0 for all
+    model: str = "resnet18"  # network, by its name in d2sparse.models
+    rounds: int = ROUNDS  # prunings, each of the same part of the live weights
+    sparsity: float = 1 - 0.8**ROUNDS  # zeros after the last round
+    prunable: PrunableName = "convolutions"  # what may be pruned
+    epochs: float = 200.0  # passes over the labels in one round
+    rewind_fraction: float = 3 / 200  # part of a round whose weights are rewound to
+    batch_size: int = 100  # examples per step
+    shift: int = 4  # augmentation: random crop after padding by so many pixels
+    flip: bool = True  # augmentation: mirror left and right
+    report_every: int = 500  # steps between two measurements
 
 
 if __name__ == "__main__":

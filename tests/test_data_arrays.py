@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import runs
 
+import runs
 from d2sparse import data, models, train
 from d2sparse.constraints import Moves, rigl
 from d2sparse.masks import sparsity

@@ -15,7 +15,13 @@
 """
 
 from d2sparse.constraints.averaging import averaged
-from d2sparse.constraints.coupled import Learners, consolidated, coupled, paired
+from d2sparse.constraints.coupled import (
+    Learners,
+    consolidated,
+    coupled,
+    pair_masks,
+    paired,
+)
 from d2sparse.constraints.distilled import distilled, finished
 from d2sparse.constraints.ensembles import free_tickets
 from d2sparse.constraints.growing import (
@@ -73,6 +79,7 @@ __all__ = [
     "movement",
     "one_shot",
     "paced",
+    "pair_masks",
     "paired",
     "powerprop",
     "reparametrised",

@@ -182,6 +182,12 @@ METHODS: Mapping[str, Method] = {
     ),
     "imp": _prunes(_imp, tries=_REWINDS),
     "imp_capped": Method(_imp, _CAPPED, _REWINDS),
+    "rise": Method(
+        lambda o: (
+            iterative_magnitude(o.sparsity, o.rounds, o.rewinds._replace(frozen=True)),
+        ),
+        tries=_REWINDS,
+    ),
     "soup": Method(lambda o: (soups.souped(o.sparsity, o.rounds, o.members),)),
     "swamp": Method(lambda o: (soups.swamp(o.sparsity, o.rounds, o.members),)),
     "free_tickets": Method(

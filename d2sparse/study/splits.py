@@ -64,11 +64,6 @@ def make_draw_splits(source: Source) -> DrawSplits:
     return draw_splits
 
 
-def select(split: Split, indices: np.ndarray) -> Split:
-    """The examples at indices."""
-    return Split(split.images[indices], split.labels[indices])
-
-
 def _draw(flags: DataFlags, source: Source, seed: int) -> Splits:
     labels = source.train.labels
     if flags.imbalance > 1:
@@ -81,15 +76,15 @@ def _draw(flags: DataFlags, source: Source, seed: int) -> Splits:
     rest = np.random.default_rng(seed).permutation(rest)[:OUTSIDE_SIZE]
     if flags.validation_fraction:
         chosen, held_out = data.holdout(labels, chosen, flags.validation_fraction, seed)
-        judge: Split = select(source.train, held_out)
+        judge: Split = data.select(source.train, held_out)
     else:
         judge = source.test
-    training = select(source.train, chosen)
+    training = data.select(source.train, chosen)
     like = train.to_device(training)
     noisy = data.noisy_labels(
         training.labels, flags.label_noise, source.num_classes, seed
     )
-    outside = select(source.train, rest)
+    outside = data.select(source.train, rest)
     return Splits(
         train.to_device(training._replace(labels=noisy), like),
         train.to_device(judge, like),
