@@ -41,7 +41,7 @@ LEARNED = (
 
 
 def _axes() -> dict[str, tuple[Any, ...]]:
-    return {"samples_per_class": (10, 50)}
+    return {"samples_per_class": (10, 50), "label_noise": (0.0,), "imbalance": (1.0,)}
 
 
 @dataclasses.dataclass(frozen=True)
