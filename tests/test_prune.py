@@ -20,7 +20,7 @@ from d2sparse.transforms import get_masks
 from experiments import prune, units
 from experiments.prune import Config, Point
 from experiments.recipes import LEARNED_SPARSITY, RECIPES, Options, make_method
-from experiments.recipes.scored import kernel_inputs, per_output
+from experiments.recipes.scored import per_output
 from experiments.session import Ledger
 from experiments.splits import draw_splits
 from experiments.task import default_workdir, make_prunable, make_task
@@ -339,22 +339,6 @@ def test_outputs_share_what_is_eligible(count):
         score.reshape(6, 4).T, np.asarray(mask).reshape(6, 4).T, strict=True
     ):
         assert set(np.flatnonzero(kept)) <= set(np.argsort(-ranks)[: kept.sum()])
-
-
-@pytest.mark.parametrize(
-    "name", ["lenet_300_100", "lenet5", "convnet_s", "resnet8", "resnet50", "vgg11"]
-)
-def test_what_enters_is_known_of_every_kernel(name):
-    model, x = models.make_model(name, 10), jax.ShapeDtypeStruct((2, 32, 32, 3), "f4")
-    params, state = jax.eval_shape(model.init, jax.random.key(0), x)
-    found = jax.eval_shape(
-        lambda *given: kernel_inputs(model, *given), params, state, x
-    )
-    features = {path: inputs.shape[-1] for path, inputs in found.items()}
-    assert features == {
-        path: leaf.shape[-2] for path, leaf in tree.prunable_leaves(params).items()
-    }
-    assert all(inputs.shape[0] == 2 for inputs in found.values())
 
 
 @pytest.mark.parametrize("rule", ["static", "gradual", "wanda"])

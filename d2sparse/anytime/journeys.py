@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2sparse.train import TrainState
-from d2sparse.transforms import SparsifyState
+from d2sparse.transforms import SparsifyState, sparse_states
 
 StageSchedule = Literal["step", "cosine", "constant"]
 STAGE_SCHEDULES: tuple[StageSchedule, ...] = get_args(StageSchedule)
@@ -128,14 +128,16 @@ def go_on_from(
             return chosen
         return now._replace(masks=chosen.masks, inner=new.inner)
 
-    moments = state if fresh is None else fresh
-    opt_state = jax.tree.map(
-        joined,
-        state.opt_state,
-        best.opt_state,
-        moments.opt_state,
-        is_leaf=lambda node: isinstance(node, SparsifyState),
-    )
+    moments = (state if fresh is None else fresh).opt_state
+    opt_state = moments  # All of it, where there are no masks.
+    if sparse_states(state.opt_state):
+        opt_state = jax.tree.map(
+            joined,
+            state.opt_state,
+            best.opt_state,
+            moments,
+            is_leaf=lambda node: isinstance(node, SparsifyState),
+        )
     return _copy(
         best._replace(step=state.step, faults=state.faults, opt_state=opt_state)
     )

@@ -29,7 +29,8 @@ class Method(NamedTuple):
     """One way to train.
 
     Attributes:
-      constraints: options -> what the plain training is put under.
+      constraints: options -> what the plain training is put under; of the methods on a
+        stream, `streams.Streamed` -> that.
       sets: flags that it sets, by name; a value may be a function of what is known
         before the training is made, see `equal_costs`.
       tries: values to try when it is tuned, by flag, besides learning rate and weight
@@ -38,7 +39,7 @@ class Method(NamedTuple):
         of weights, or "prunes" on; empty where it cannot start from one.
     """
 
-    constraints: Callable[[Options], Constraints]
+    constraints: Callable[[Any], Constraints]
     sets: Mapping[str, Any] = {}
     tries: Tries = types.MappingProxyType({})
     ticket: str = ""
