@@ -12,7 +12,7 @@ import pytest
 import runs
 from runs import modified, read, unit_files, without_time
 
-from d2sparse import data, study
+from d2sparse import data, plots, study
 from d2sparse.constraints import METHODS, Method
 from d2sparse.study import cli, robustness, runner, tuning
 from d2sparse.study.tracking import Tracker
@@ -191,8 +191,15 @@ def test_every_table_has_its_methods_and_fits_a_screen(finished):
     ]
     for column in ("accuracy %", "NLL", "ECE %", "Brier", "non-zeros", "inference"):
         assert column in quality
-    for column in ("| rigl ", " dense |"):
-        assert column in apart.splitlines()[0].replace("  ", "")
+    assert apart.splitlines()[0].split() == [
+        "|",
+        "method",
+        "|",
+        "rigl",
+        "|",
+        "dense",
+        "|",
+    ]
     assert "minus rigl_half" in slow
     assert "| d2_sparse " in slow
     for column in ("gaussian noise", "blur", "contrast", "occlusion"):
@@ -226,6 +233,21 @@ def test_a_finished_run_is_not_repeated(finished):
     learn(in_directory(workdir))
     assert read(workdir / "summary.json")["labels"]["5"] == labels
     assert modified(unit_files(workdir).values()) == before
+
+
+def test_a_figure_that_fails_leaves_tables_and_summary(finished, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("nothing can be drawn")
+
+    workdir = shutil.copytree(finished[0], tmp_path / "copy")
+    for name in ("table.md", "summary.json"):
+        (workdir / name).unlink()
+    monkeypatch.setattr(plots, "accuracy_against_cost", fail)
+    with pytest.raises(ValueError, match="nothing can be drawn"):
+        learn(in_directory(workdir))
+    for name in ("table.md", "summary.json"):
+        assert (workdir / name).read_text() == (finished[0] / name).read_text()
+    assert set(read(workdir / "summary.json")["ranks"]) == set(NAMES)
 
 
 # Cells

@@ -179,7 +179,7 @@ def flags_used(rows: Iterable[Method], options: Options) -> set[str]:
     for row in rows:
         sets = {k: v for k, v in row.sets.items() if not callable(v)}
         recorder = _Recorder(dataclasses.replace(options, **sets))
-        row.constraints(recorder)  # type: ignore[arg-type]
+        row.constraints(recorder)
         used |= recorder.read | row.sets.keys()
         if len(sets) < len(row.sets):  # Functions of what a sparse network costs.
             used |= {"sparsity", "rewind_fraction"}

@@ -57,24 +57,31 @@ def report(comparison: Comparison) -> dict[str, Any]:
       per class, and the mean "ranks" by method.
     """
     runs = in_order(read_runs(comparison.out))
-    tables, labels = [], {}
-    for samples in sorted(set(runs["samples_per_class"])) if len(runs) else []:
-        mine = runs[runs["samples_per_class"] == samples]
-        rows = summarise_labels(mine, comparison.references)
-        labels[str(samples)] = {k: v.to_dict("records") for k, v in rows.items()}
-        tables += [
-            f"## {samples or 'All'} labels per class",
-            *_tables(rows, comparison.references),
-        ]
-        _draw(comparison.out, samples, clean(mine), rows["methods"])
+    samples = sorted(set(runs["samples_per_class"])) if len(runs) else []
+    parts = {n: runs[runs["samples_per_class"] == n] for n in samples}
+    rows = {n: summarise_labels(parts[n], comparison.references) for n in samples}
+    tables = [
+        text
+        for n in samples
+        for text in (
+            f"## {n or 'All'} labels per class",
+            *_tables(rows[n], comparison.references),
+        )
+    ]
     scores = comparable(runs) if len(runs) else {}
-    ranks: dict[str, float] = {}
+    results = {
+        "labels": {
+            str(n): {k: v.to_dict("records") for k, v in rows[n].items()}
+            for n in samples
+        },
+        "ranks": _rank(scores),
+    }
+    summary = write(comparison, results, "\n\n".join(tables))
+    for n in samples:
+        _draw(comparison.out, n, clean(parts[n]), rows[n]["methods"])
     if len(scores) > 1:
-        table = np.transpose(list(scores.values())).tolist()
-        ranks = dict(zip(scores, plots.average_ranks(table).tolist(), strict=True))
         comparison.out.save_figure("ranks", plots.rank_diagram(scores))
-    results = {"labels": labels, "ranks": ranks}
-    return write(comparison, results, "\n\n".join(tables))
+    return summary
 
 
 def _tables(rows: "Mapping[str, pd.DataFrame]", references: Sequence[str]) -> list[str]:
@@ -119,6 +126,14 @@ def _conditions(rows: "pd.DataFrame") -> list[str]:
         titles = {name: name for name in ("method", *names[start : start + _WIDTH])}
         tables += [_WRONG, records.markdown_table(list(cells.values()), titles)]
     return tables
+
+
+def _rank(scores: Mapping[str, list[float]]) -> dict[str, float]:
+    """Mean ranks, where there are several methods to compare."""
+    if len(scores) < 2:
+        return {}
+    ranks = plots.average_ranks(np.transpose(list(scores.values())).tolist())
+    return dict(zip(scores, ranks.tolist(), strict=True))
 
 
 def _draw(
