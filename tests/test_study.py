@@ -91,13 +91,25 @@ def test_flags_of_a_method_are_those_given_then_its_own_then_the_axes():
     assert (first.config.sharpness, first.config.preset) == (0.02, "symmetric")
 
 
+ALONE = {
+    **{"with_": (), "axes": {}, "rounds": 5},
+    **{"refresh_interval": 0, "growth_samples": 1024},
+}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"methods": ("dense",), "axes": {}, "drop_fraction": 0.1}, "expected no drop"),
-        ({"methods": ("dense",), "with_": ()}, "expected no sparsity, which none of"),
+        ({**ALONE, "methods": ("dense",), "drop_fraction": 0.1}, "expected no drop"),
+        (
+            {**ALONE, "methods": ("dense",), "axes": {"sparsity": (0.5, 0.7)}},
+            "expected no sparsity, which none of dense goes by",
+        ),
         ({"sparsity": 0.3}, "expected either a value of sparsity or an axis of it"),
-        ({"methods": ("d2_annealed",), "preset": "constant"}, "expected preset of sym"),
+        (
+            {**ALONE, "methods": ("d2_annealed",), "preset": "constant"},
+            "expected preset of symmetric for d2_annealed, got constant",
+        ),
         ({"methods": ("static", "nope")}, "expected methods of dense, "),
         ({"methods": ("rigl", "rigl")}, "expected different methods of"),
         ({"methods": ()}, "expected different methods of .*, got none"),
@@ -111,7 +123,7 @@ def test_flags_of_a_method_are_those_given_then_its_own_then_the_axes():
         ({"optimizer": "lion"}, "expected optimizer of sgd, sgdw, adamw, got 'lion'"),
         ({"model": "lenet"}, "unknown model 'lenet'"),
         ({"pattern": "n_of_m", "group": 7}, "n:m"),
-        ({"methods": ("fixed",), "axes": {}, "with_": ()}, "expected a --ticket whose"),
+        ({**ALONE, "methods": ("fixed",)}, "expected a --ticket whose"),
         ({"prunable": "convolutions"}, "expected a network with prunable convolutions"),
         ({"batch_size": 0}, "expected batch_size >= 1"),
         ({"with_": ("averaged",), "schedule": "cosine", "tail": 1.5}, "tail"),
@@ -247,7 +259,7 @@ def test_arrays_and_a_network_of_ones_own_are_compared(tmp_path):
 
     def apply(params, state, x, *, train):
         del train
-        return x @ params["head"]["kernel"] + params["head"]["bias"], state
+        return x @ params["head"]["kernel"] + params["head"]["bias"][None], state
 
     source = data.from_arrays(x[:40], y[:40], x[40:], y[40:])
     config = study.Config(

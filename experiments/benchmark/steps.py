@@ -1,4 +1,4 @@
-"""What `sparsify` adds to an optimiser's step, and what it takes to compile it."""
+"""Cost of an optimiser step under `sparsify`, and of compiling it."""
 
 import contextlib
 import functools
@@ -14,16 +14,16 @@ from d2sparse.masks import apply_masks
 from d2sparse.schedules import every
 from d2sparse.transforms import sparsify
 from d2sparse.tree import PyTree
-from experiments.benchmarks.measure import (
+from experiments.benchmark.measure import (
     Candidate,
-    Table,
-    carried,
     num_bytes,
-    take_turns,
+    stateful,
     temporary_bytes,
     time_call,
+    time_in_turns,
 )
-from experiments.benchmarks.workload import (
+from experiments.benchmark.tables import Table
+from experiments.benchmark.workload import (
     Sizes,
     make_params,
     param_shapes,
@@ -35,26 +35,7 @@ OPTIMIZERS: Mapping[str, Callable[[], optax.GradientTransformation]] = {
     SGD: functools.partial(optax.sgd, 0.1, momentum=0.9),
     "adamw": functools.partial(optax.adamw, 1e-3),
 }
-WRAPPED = "sparsify({}, rigl)"
-
-
-def under_rigl(
-    inner: optax.GradientTransformation, sparsity: float
-) -> optax.GradientTransformation:
-    """RigL around an optimiser, its refresh part of the program but never due."""
-    return sparsify(inner, rules.rigl(sparsity), every(2**31 - 1))
-
-
-def sparse_state(
-    inner: optax.GradientTransformation, params: PyTree, masks: PyTree
-) -> PyTree:
-    """The state of `sparsify` around an optimiser, begun with given masks."""
-
-    @jax.jit
-    def init(params: PyTree, masks: PyTree) -> PyTree:
-        return sparsify(inner, rules.fixed(masks)).init(params)
-
-    return init(params, masks)
+SPARSIFIED = "sparsify({}, rigl)"
 
 
 def step_table(sizes: Sizes) -> Table:
@@ -67,15 +48,6 @@ def step_table(sizes: Sizes) -> Table:
         "and results (a refresh included), and state: those of the optimiser's state "
         "(moments and masks), both over the bytes of the parameters."
         + (f" A program takes {sizes.repeats} steps." if sizes.repeats > 1 else ""),
-        {
-            "what": "optimiser",
-            "model": "model",
-            "ms": "ms",
-            "cpu_ms": "CPU ms",
-            "relative": "relative",
-            "temporary": "temporary",
-            "state": "state",
-        },
         rows,
     )
 
@@ -83,57 +55,68 @@ def step_table(sizes: Sizes) -> Table:
 def _step_rows(model: str, sizes: Sizes) -> Iterator[dict[str, Any]]:
     params = make_params(model, sizes.image)
     grads = jax.tree.map(lambda w: 1e-3 * w[..., ::-1], params)
-    carries = dict(_carries(params, sizes.sparsity))
+    starts = dict(_starts(params, sizes.sparsity))
     programs = {
-        name: compile_step(tx, carry, grads, sizes.repeats)
-        for name, (tx, carry) in carries.items()
+        name: trace_step(tx, carry, grads, sizes.repeats).lower().compile()
+        for name, (tx, carry) in starts.items()
     }
     candidates = {
-        name: Candidate(_repeated(program, carries[name][1], grads, sizes.steps))
+        name: Candidate(_several(program, starts[name][1], grads, sizes.steps))
         for name, program in programs.items()
     }
-    timings = take_turns(candidates, sizes.rounds, sizes.slow_rounds)
-    for name in timings:
-        timing = timings[name].over(sizes.steps * sizes.repeats)
+    timings = time_in_turns(candidates, sizes.rounds, sizes.slow_rounds)
+    for name, timing in timings.items():
+        _, (_, opt_state) = starts[name]
         plain = next(inner for inner in OPTIMIZERS if inner in name)
         yield {
-            "what": name,
+            "optimiser": name,
             "model": model,
-            "ms": 1e3 * timing.wall,
-            "cpu_ms": 1e3 * timing.cpu,
-            "relative": timings[name].wall / timings[plain].wall,
+            **timing.over(sizes.steps * sizes.repeats).cells(),
+            "relative": timing.wall / timings[plain].wall,
             "temporary": temporary_bytes(programs[name]) / num_bytes(params),
-            "state": num_bytes(carries[name][1][1]) / num_bytes(params),
+            "state": num_bytes(opt_state) / num_bytes(params),
         }
 
 
-def _carries(params: PyTree, sparsity: float) -> Iterator[tuple[str, Any]]:
-    """Optimisers by name, each with the parameters and the state it begins with."""
-    masks = random_masks(params, sparsity)
+def _starts(params: PyTree, sparsity: float) -> Iterator[tuple[str, Any]]:
+    """Optimisers by name, each with (parameters, state) of its first step."""
     for name, make in OPTIMIZERS.items():
         inner = make()
         yield name, (inner, (params, jax.jit(inner.init)(params)))
-        begin = (apply_masks(params, masks), sparse_state(inner, params, masks))
-        yield WRAPPED.format(name), (under_rigl(inner, sparsity), begin)
+        start = sparse_start(inner, params, sparsity)
+        yield SPARSIFIED.format(name), (under_rigl(inner, sparsity), start)
 
 
-def _repeated(
-    program: jax.stages.Compiled, carry: Any, grads: PyTree, steps: int
-) -> Callable[[], Any]:
-    step = carried(program, carry, grads)
+def under_rigl(
+    inner: optax.GradientTransformation, sparsity: float
+) -> optax.GradientTransformation:
+    """RigL around an optimiser, its refresh part of the program but never due."""
+    return sparsify(inner, rules.rigl(sparsity), every(2**31 - 1))
+
+
+def sparse_start(
+    inner: optax.GradientTransformation, params: PyTree, sparsity: float
+) -> tuple[PyTree, PyTree]:
+    """Parameters and state under a random pattern, which needs no search to compile."""
+    masks = random_masks(params, sparsity)
+
+    @jax.jit
+    def init(params: PyTree, masks: PyTree) -> PyTree:
+        return sparsify(inner, rules.fixed(masks)).init(params)
+
+    return apply_masks(params, masks), init(params, masks)
+
+
+def _several(
+    program: jax.stages.Compiled, carry: Any, grads: PyTree, calls: int
+) -> Callable[[], None]:
+    step = stateful(program, carry, grads)
 
     def call() -> None:
-        for _ in range(steps):
+        for _ in range(calls):
             step()
 
     return call
-
-
-def compile_step(
-    tx: optax.GradientTransformation, carry: Any, grads: PyTree, repeats: int = 1
-) -> jax.stages.Compiled:
-    """The step of `trace_step`, lowered and compiled."""
-    return trace_step(tx, carry, grads, repeats).lower().compile()
 
 
 def trace_step(
@@ -163,25 +146,19 @@ def trace_step(
 def compile_table(sizes: Sizes) -> Table:
     """Seconds to compile the optimiser step of a model, plain and under RigL."""
     inner = OPTIMIZERS[SGD]()
-    optimizers = {SGD: inner, WRAPPED.format(SGD): under_rigl(inner, sizes.sparsity)}
+    optimizers = {SGD: inner, SPARSIFIED.format(SGD): under_rigl(inner, sizes.sparsity)}
     rows = []
     for model in sizes.models:
         shapes = param_shapes(model, sizes.image)
         for name, tx in optimizers.items():
             carry = (shapes, jax.eval_shape(tx.init, shapes))
-            with nothing_compiled():
-                rows.append({"what": name, "model": model} | _compile_costs(tx, carry))
+            with empty_caches():
+                costs = _compile_costs(tx, carry)
+            rows.append({"optimiser": name, "model": model} | costs)
     return Table(
         "Compiling an optimiser step",
         "Tracing, lowering and compiling together, with the caches of jax empty and "
         "the one on disk off; of it tracing: what the library's Python takes.",
-        {
-            "what": "optimiser",
-            "model": "model",
-            "s": "s",
-            "cpu_s": "CPU s",
-            "trace_cpu_s": "of it tracing",
-        },
         rows,
     )
 
@@ -192,18 +169,18 @@ def _compile_costs(tx: optax.GradientTransformation, carry: Any) -> dict[str, fl
     rest = time_call(lambda: traced[0].lower().compile())
     return {
         "s": trace.wall + rest.wall,
-        "cpu_s": trace.cpu + rest.cpu,
-        "trace_cpu_s": trace.cpu,
+        "CPU s": trace.cpu + rest.cpu,
+        "of it tracing": trace.cpu,
     }
 
 
 @contextlib.contextmanager
-def nothing_compiled() -> Iterator[None]:
-    """Lets jax forget its programs and leave those on disk alone for a while."""
+def empty_caches() -> Iterator[None]:
+    """Empties the caches of JAX, and turns the one on disk off for a while."""
     enabled = jax.config.jax_enable_compilation_cache
     jax.clear_caches()
     jax.config.update("jax_enable_compilation_cache", False)
-    # Whether there is a cache on disk is asked once and remembered.
+    # JAX asks once whether there is a cache on disk and remembers the answer.
     compilation_cache.reset_cache()
     try:
         yield

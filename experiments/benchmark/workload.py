@@ -1,4 +1,4 @@
-"""What is measured, how large it is, and the machine it is measured on."""
+"""What is measured: sizes, parameters, masks, data, and the machine."""
 
 import math
 import os
@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2sparse import distributions, models, train, tree
+from d2sparse import distributions, train, tree
 from d2sparse.data import Split
 from d2sparse.masks import dense_masks
+from d2sparse.models import make_model
 from d2sparse.tree import PyTree
 
 CLASSES = 10
 TINY = (8, 8, 1)
-# What small networks are built for, unless it is to be quick.
+# Images of small networks, unless with --quick or on a CPU.
 IMAGES = {"resnet8": (32, 32, 3), "lenet_300_100": (28, 28, 1)}
 
 
@@ -26,17 +27,17 @@ class Sizes(NamedTuple):
 
     Attributes:
       models: whose parameter trees are used; the first is trained as well.
-      image: shape of the images they are built for.
+      image: shape of the images of these models.
       sparsity: zeros among the prunable weights.
       rounds: timings of every candidate.
       slow_rounds: timings of one that takes seconds.
-      all_rules: whether every rule is refreshed on the first model, not a few alone.
-      repeats: how often a refresh or a step of a large network is made in one call;
-        more than once where handing over its arguments takes longer than a step.
-      steps: such programs of optimiser steps in one timing.
+      all_rules: whether every rule is refreshed on the first model, or only a few.
+      repeats: refreshes or steps of a large network in one program; more than one where
+        handing over its arguments takes longer than a step.
+      steps: programs of optimiser steps in one timing.
       batch: images in a step of the large network.
-      members: the small networks, each with the images it is built for.
-      seeds: how many of each are trained at once.
+      members: the small networks, each with the shape of its images.
+      seeds: numbers of runs of each that are trained at once.
       member_batch: images in a step of a small network.
       member_steps: steps of every small network in one timing.
     """
@@ -59,7 +60,7 @@ class Sizes(NamedTuple):
 def make_sizes(
     quick: bool,
     sparsity: float,
-    model_names: tuple[str, ...] = (),
+    models: tuple[str, ...] = (),
     rounds: int | None = None,
     members: tuple[str, ...] = (),
     seeds: tuple[int, ...] = (),
@@ -67,23 +68,22 @@ def make_sizes(
     """The sizes for this backend: the one place that looks at it.
 
     Args:
-      quick: small trees and few rounds.
+      quick: whether trees are small and rounds few.
       sparsity: zeros among the prunable weights.
-      model_names: in place of the usual models.
-      rounds: in place of the usual number.
-      members: in place of the usual small networks.
-      seeds: in place of the usual numbers of them.
+      models: names of large networks; the usual ones if empty.
+      rounds: timings of every candidate; the usual number if None.
+      members: names of small networks; the usual ones if empty.
+      seeds: numbers of their runs; the usual ones if empty.
 
     >>> make_sizes(quick=True, sparsity=0.8, rounds=2).slow_rounds
     1
     """
     accelerated = jax.default_backend() != "cpu"
-    usual = ("resnet8",) if quick else ("resnet18", "resnet50")
     small = ("resnet8", "lenet_300_100") if accelerated else ("convnet_s",)
     images = IMAGES if accelerated and not quick else {}
     rounds = rounds or (3 if quick else 9)
     return Sizes(
-        models=model_names or usual,
+        models=models or (("resnet8",) if quick else ("resnet18", "resnet50")),
         image=TINY if quick else (32, 32, 3),
         sparsity=sparsity,
         rounds=rounds,
@@ -118,7 +118,7 @@ def param_shapes(model: str, image: tuple[int, ...]) -> PyTree:
     Raises:
       ValueError: the model is unknown, or the image too small for it.
     """
-    network = models.make_model(model, num_classes=CLASSES)
+    network = make_model(model, num_classes=CLASSES)
     images = jnp.zeros((1, *image))
     return jax.eval_shape(network.init, jax.random.key(0), images)[0]
 

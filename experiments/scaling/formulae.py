@@ -6,23 +6,54 @@ All are functions of a method, the leaves and the devices; nothing is compiled h
 import math
 from typing import NamedTuple
 
-from experiments.communication.methods import Method
-from experiments.communication.sharding import groups, local_weights, ways
-from experiments.communication.trees import Shapes, num_weights
+from d2sparse import distributions, rules
+from d2sparse.rules import MaskRule
+from experiments.scaling.leaves import (
+    Shapes,
+    local_weights,
+    num_shards,
+    num_weights,
+    sharded_leaves,
+)
 
-# How the library counts scores: a pass for every digit of 32 bits, which are wide where
-# there are many more scores than bins, and as many again for the ties.
+# The library counts scores by digits of their 32 bits, wide ones where there are many
+# more scores than bins, and again as often where scores tie.
 WIDE, NARROW, WIDE_FROM = 16, 11, 18
-COUNT = 4  # bytes of a count, a score and a gradient; a mask has one
+WORD = 4  # Bytes of a count, a score, a weight and a gradient; a mask has one.
+
+
+class Method(NamedTuple):
+    """A rule, and what its refresh asks of the devices.
+
+    Attributes:
+      rule: of which `update` is a refresh.
+      searches: number of selections it makes.
+      counts_live: whether it first counts the live weights of every leaf.
+      each_leaf: whether every leaf has its budget; otherwise all compete for one.
+    """
+
+    rule: MaskRule
+    searches: int
+    counts_live: bool
+    each_leaf: bool
+
+
+METHODS = {
+    "magnitude, each leaf": Method(
+        rules.one_shot(0.8, distribution=distributions.erk), 1, True, True
+    ),
+    "magnitude, global": Method(rules.one_shot(0.8), 1, False, False),
+    "RigL": Method(rules.rigl(0.8), 2, True, True),
+}
 
 
 class Traffic(NamedTuple):
-    """What the all-reduces of a refresh are given, by every device.
+    """What every device gives to the all-reduces of a refresh.
 
     Attributes:
-      calls_once: how many happen once.
+      calls_once: number of all-reduces that happen once.
       bytes_once: their bytes.
-      calls_a_pass: how many happen at every pass over the scores.
+      calls_a_pass: number of all-reduces at every pass over the scores.
       bytes_a_pass: their bytes.
     """
 
@@ -32,11 +63,11 @@ class Traffic(NamedTuple):
     bytes_a_pass: int
 
     def calls(self, passes: int) -> int:
-        """Those of a refresh of so many passes."""
+        """All-reduces of a refresh with a number of passes."""
         return self.calls_once + passes * self.calls_a_pass
 
     def bytes(self, passes: int) -> int:
-        """Those of a refresh of so many passes."""
+        """Bytes of a refresh with a number of passes."""
         return self.bytes_once + passes * self.bytes_a_pass
 
 
@@ -56,7 +87,7 @@ def is_refused(method: Method, shapes: Shapes) -> bool:
 
 
 def fewest_passes(bits: int) -> int:
-    """Passes that find a score by all of its digits; ties take as many again.
+    """Passes that read all digits of a score; ties take as many again.
 
     >>> fewest_passes(16), fewest_passes(11)
     (2, 3)
@@ -70,7 +101,7 @@ def histogram_bytes(bits: int, leaves: int) -> int:
     >>> histogram_bytes(11, 3)
     24576
     """
-    return COUNT * leaves << bits
+    return WORD * leaves << bits
 
 
 def traffic(method: Method, shapes: Shapes, devices: int) -> Traffic:
@@ -83,12 +114,12 @@ def traffic(method: Method, shapes: Shapes, devices: int) -> Traffic:
     >>> traffic(METHODS["RigL"], {"a": (64, 24), "b": (8, 4), "c": (3,)}, 8)
     Traffic(calls_once=1, bytes_once=8, calls_a_pass=2, bytes_a_pass=32768)
     """
-    sharded = groups(shapes, devices)
-    calls, leaves = len(sharded), sum(map(len, sharded.values()))
+    groups = sharded_leaves(shapes, devices)
+    calls, leaves = len(groups), sum(map(len, groups.values()))
     histograms = histogram_bytes(digit_bits(shapes, method.each_leaf), leaves)
     return Traffic(
         calls * method.counts_live,
-        COUNT * leaves * method.counts_live,
+        WORD * leaves * method.counts_live,
         calls * method.searches,
         histograms * method.searches,
     )
@@ -112,22 +143,22 @@ def ring_seconds(
     3.0
     """
     bits, total = digit_bits(shapes, method.each_leaf), 0.0
-    for n, leaves in groups(shapes, devices).items():
+    for n, leaves in sharded_leaves(shapes, devices).items():
         calls = method.searches * passes + method.counts_live
         sent = method.searches * passes * histogram_bytes(bits, len(leaves))
-        sent += COUNT * len(leaves) * method.counts_live
+        sent += WORD * len(leaves) * method.counts_live
         total += 2 * (n - 1) * (calls * latency + sent / n / bandwidth)
     return total
 
 
 def gathered_bytes(method: Method, shapes: Shapes, devices: int) -> int:
-    """Bytes of the scores that every device is left with where they are gathered.
+    """Bytes of the scores that every device holds after gathering them.
 
     >>> gathered_bytes(METHODS["RigL"], {"a": (64, 24), "c": (3,)}, 8)
     12288
     """
-    leaves = groups(shapes, devices).values()
-    return COUNT * method.searches * sum(map(num_weights, leaves))
+    leaves = sharded_leaves(shapes, devices).values()
+    return WORD * method.searches * sum(map(num_weights, leaves))
 
 
 def gather_seconds(
@@ -142,28 +173,22 @@ def gather_seconds(
     2.0
     """
     total = 0.0
-    for n, leaves in groups(shapes, devices).items():
-        sent = COUNT * num_weights(leaves)
+    for n, leaves in sharded_leaves(shapes, devices).items():
+        sent = WORD * num_weights(leaves)
         total += method.searches * (n - 1) * (latency + sent / n / bandwidth)
     return total
 
 
-def argument_bytes(method: Method, shapes: Shapes, devices: int) -> int:
-    """Bytes of the masks, weights and, for growth, gradients that a device holds."""
-    arrays = method.searches  # Weights; where weights grow, gradients as well.
-    return (1 + COUNT * arrays) * local_weights(shapes, devices)
-
-
 def temporary_bounds(method: Method, shapes: Shapes, devices: int) -> tuple[int, int]:
-    """Between how many bytes a refresh needs beside its arguments and results.
+    """Bounds of the bytes that a refresh needs beside its arguments and results.
 
-    At least a histogram of every leaf and a key for every weight. The most is read off
-    programs compiled for the CPU: 9 bytes a weight, 13 where weights grow, 12 more in
-    the largest leaf, and five copies of the histograms.
+    At least a histogram of every leaf and a key for every weight. The upper bound is
+    fitted to programs compiled for the CPU: 9 bytes a weight, 13 where weights grow, 12
+    more in the largest leaf, and five copies of the histograms.
     """
     bits = digit_bits(shapes, method.each_leaf)
     histograms = histogram_bytes(bits, len(shapes))
     held = local_weights(shapes, devices)
-    largest = max(math.prod(s) // ways(s, devices) for s in shapes.values())
-    a_weight = 5 + COUNT * method.searches
-    return histograms + COUNT * held, 5 * histograms + a_weight * held + 12 * largest
+    largest = max(math.prod(s) // num_shards(s, devices) for s in shapes.values())
+    a_weight = 5 + WORD * method.searches
+    return histograms + WORD * held, 5 * histograms + a_weight * held + 12 * largest

@@ -2,9 +2,9 @@
 
 Times a refresh of the masks in passes over the weights and beside sorting them, the
 optimiser step with and without `sparsify`, whole training steps, compilation, and many
-small runs at once; sets the estimate of memory beside what is used; and holds the
-figures against targets. All candidates of a table take turns in one process. The whole
-takes about five minutes on two cores, where nothing has been compiled before.
+small runs at once; compares the estimate of memory with what is used; and holds the
+figures against targets. All candidates of a table are timed in turns in one process.
+The whole takes about five minutes on two cores, where nothing has been compiled before.
 
     python -m experiments.benchmark --out=docs/benchmark.md
     python -m experiments.benchmark --quick --sections=refresh,step
@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Literal
 
 from d2sparse import disk, distributions
-from experiments import cli
-from experiments.benchmarks.measure import Table, to_markdown
-from experiments.benchmarks.memory import memory_table
-from experiments.benchmarks.refresh import refresh_table
-from experiments.benchmarks.steps import compile_table, step_table
-from experiments.benchmarks.targets import targets_table
-from experiments.benchmarks.training import seeds_table, training_table
-from experiments.benchmarks.workload import Sizes, machine, make_sizes, param_shapes
+from experiments.benchmark.memory import memory_table
+from experiments.benchmark.refresh import refresh_table
+from experiments.benchmark.steps import compile_table, step_table
+from experiments.benchmark.tables import Table, to_markdown
+from experiments.benchmark.targets import targets_table
+from experiments.benchmark.training import seeds_table, training_table
+from experiments.benchmark.workload import Sizes, machine, make_sizes, param_shapes
 
 Section = Literal["refresh", "step", "training", "compile", "seeds", "memory"]
 SECTIONS: Mapping[Section, Callable[[Sizes], Table]] = {
@@ -45,23 +44,23 @@ SECTIONS: Mapping[Section, Callable[[Sizes], Table]] = {
 class Config:
     """Flags of the benchmark."""
 
-    # What is measured.
-    sections: tuple[Section, ...] = tuple(SECTIONS)
-    # Whose parameter trees are used; the first is trained as well. If not given,
-    # resnet18 and resnet50, or resnet8 with --quick.
+    sections: tuple[Section, ...] = tuple(SECTIONS)  # which tables are made
+    # Networks whose parameters are pruned, in every section but "seeds"; the first is
+    # trained as well. If not given, resnet18 and resnet50, or resnet8 with --quick.
     models: tuple[str, ...] = ()
-    # Small networks of which many seeds are trained. If not given, convnet_s, and on an
-    # accelerator resnet8 and lenet_300_100.
+    # Small networks that are trained with many seeds. If not given, convnet_s, and on
+    # an accelerator resnet8 and lenet_300_100.
     members: tuple[str, ...] = ()
-    # How many seeds of them, in one program. If not given, a few, and on an accelerator
-    # 1, 8, 32 and 128.
+    # Numbers of seeds of each small network that are trained in one program. If not
+    # given, 1, 8 and 32, on an accelerator also 128, and 2 with --quick.
     seeds: tuple[int, ...] = ()
     sparsity: float = 0.8  # zeros among the prunable weights
-    # Timings of every candidate, of which the median counts; 9 if not given, or 3 with
+    # Timings of every candidate, whose median is reported; 9 if not given, or 3 with
     # --quick. Candidates that take seconds get fewer.
     rounds: int | None = None
     quick: bool = False  # small sizes, to see that everything runs
-    # A Markdown file for the tables, or a directory for a file benchmark.md.
+    # A Markdown file for the tables, or a directory for a file benchmark.md. If not
+    # given, they are only printed.
     out: str | None = None
 
 
@@ -113,7 +112,7 @@ def checked_sizes(config: Config) -> Sizes:
         config.seeds,
     )
     for model, image in [*((m, sizes.image) for m in sizes.models), *sizes.members]:
-        param_shapes(model, image)  # Complains of an unknown model.
+        param_shapes(model, image)  # Refuses an unknown model.
     return sizes
 
 
@@ -168,7 +167,3 @@ def show(text: str) -> str:
     """Prints a part of the report at once and returns it as it was printed."""
     print(text + "\n", flush=True)
     return text + "\n"
-
-
-if __name__ == "__main__":
-    cli.main(run, Config)

@@ -1,4 +1,4 @@
-"""What a refresh of the masks costs, beside the other ways to find a threshold."""
+"""Cost of a refresh of the masks, beside sorting, NumPy and PyTorch."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -13,18 +13,19 @@ from d2sparse.masks import apply_masks
 from d2sparse.rules import MaskRule
 from d2sparse.schedules import alternating, cubic
 from d2sparse.tree import PyTree
-from experiments.benchmarks.measure import (
+from experiments.benchmark.measure import (
     Candidate,
-    Table,
     Timing,
-    in_one_program,
     num_bytes,
-    take_turns,
+    repeated,
     temporary_bytes,
+    time_in_turns,
 )
-from experiments.benchmarks.workload import Sizes, make_params, num_cores, random_masks
+from experiments.benchmark.tables import Table
+from experiments.benchmark.workload import Sizes, make_params, num_cores, random_masks
 
-# Where in its schedule a rule is refreshed: AC/DC begins a compressed phase there.
+# The step that is refreshed, and the end of the schedules: AC/DC begins a compressed
+# phase there.
 STEP, END = 50, 100
 RULES: Mapping[str, Callable[[float], MaskRule]] = {
     "magnitude, each leaf (ERK)": functools.partial(
@@ -40,8 +41,7 @@ RULES: Mapping[str, Callable[[float], MaskRule]] = {
     "sparse momentum": rules.sparse_momentum,
     "GraNet": lambda sparsity: rules.granet(cubic(sparsity, END, start=sparsity / 2)),
 }
-# The random pattern a rule finds: its sparsity over the final one. The others find
-# dense masks.
+# Sparsity of the masks before the refresh, over the final one; of the others 0.
 START: Mapping[str, float] = {
     "SET": 1.0,
     "RigL": 1.0,
@@ -55,16 +55,19 @@ SORT, SORT_GLOBAL = "jnp.sort, each leaf", "jnp.sort, global"
 PARTITION, TORCH = "numpy.partition, each leaf", "torch.nn.utils.prune"
 
 Weights = dict[str, Any]
-Call = tuple[Callable[..., Any], tuple[Any, ...]]  # With its arguments.
+Call = tuple[Callable[..., Any], tuple[Any, ...]]  # A function and its arguments.
 
 
 def refresh_table(sizes: Sizes) -> Table:
-    """One refresh by every rule, in passes over the weights and in CPU seconds."""
-    rows = []
+    """One refresh by every rule, in passes over the weights and in CPU time."""
+    rows: list[dict[str, Any]] = []
     for i, model in enumerate(sizes.models):
-        whole = i == 0 and sizes.all_rules
-        names = tuple(name for name in RULES if whole or name in LARGE)
-        rows += refresh_rows(model, names, sizes)
+        every_rule = i == 0 and sizes.all_rules
+        rows += refresh_rows(model, tuple(RULES) if every_rule else LARGE, sizes)
+    scanned = (
+        f" A program makes {sizes.repeats} refreshes, and its time is divided by that; "
+        "numpy and torch work on the host."
+    )
     return Table(
         "One refresh of the masks",
         "A pass reads the prunable weights once and writes `abs(w) >= t`. Saving: CPU "
@@ -73,76 +76,56 @@ def refresh_table(sizes: Sizes) -> Table:
         "beside its arguments and results, over those of the parameters. Every rule "
         f"is timed on the first model, on others (and on accelerators) only "
         f"{'; '.join(LARGE)}: the rest does the same work as one of these. GraNet "
-        "begins at half of the sparsity." + _aside(sizes.repeats),
-        {
-            "what": "refresh",
-            "model": "model",
-            "ms": "ms",
-            "cpu_ms": "CPU ms",
-            "passes": "passes",
-            "saving": "saving",
-            "temporary": "temporary",
-        },
+        "begins at half of the sparsity." + (scanned if sizes.repeats > 1 else ""),
         rows,
-    )
-
-
-def _aside(repeats: int) -> str:
-    if repeats == 1:
-        return ""
-    return (
-        f" A program makes {repeats} refreshes, and its time is divided by that; what "
-        "numpy and torch do is on the host."
     )
 
 
 def refresh_rows(
     model: str, names: tuple[str, ...], sizes: Sizes
 ) -> Iterator[dict[str, Any]]:
-    """The rows of one model: its refresh by the named rules, and what it rivals."""
+    """The rows of one model: a refresh by the named rules, and its alternatives."""
     params = make_params(model, sizes.image)
     weights = tree.prunable_leaves(params)
     counts = distributions.erk(tree.shapes(params), sizes.sparsity)
     kept = {path: max(int(count), 1) for path, count in counts.items()}
-    calls = _rivals(weights, kept, sizes.sparsity)
+    calls = _alternatives(weights, kept, sizes.sparsity)
     calls |= {name: refresh_call(name, params, sizes.sparsity) for name in names}
     programs = {
-        name: (_compiled(in_one_program(function, sizes.repeats), *args), args)
+        name: jax.jit(repeated(function, sizes.repeats)).lower(*args).compile()
         for name, (function, args) in calls.items()
     }
     candidates = {
-        name: Candidate(functools.partial(compiled, *args), slow="sort" in name)
-        for name, (compiled, args) in programs.items()
+        name: Candidate(functools.partial(program, *calls[name][1]), "sort" in name)
+        for name, program in programs.items()
     }
     host = {path: np.array(w) for path, w in weights.items()}
     candidates[PARTITION] = Candidate(lambda: partition_masks(host, kept), slow=True)
     candidates |= torch_candidates(host, kept, sizes.sparsity)
-    timings = take_turns(candidates, sizes.rounds, sizes.slow_rounds)
+    timings = time_in_turns(candidates, sizes.rounds, sizes.slow_rounds)
     timings |= {name: timings[name].over(sizes.repeats) for name in programs}
     for name in timings:
-        row = {"what": name, "model": model} | _costs(name, timings)
+        row = {"refresh": name, "model": model} | _costs(name, timings)
         if name in programs:
-            row["temporary"] = temporary_bytes(programs[name][0]) / num_bytes(params)
+            row["temporary"] = temporary_bytes(programs[name]) / num_bytes(params)
         yield row
     if not any(name.startswith(TORCH) for name in candidates):
-        yield {"what": TORCH, "model": model, "ms": "not installed"}
+        yield {"refresh": TORCH, "model": model, "ms": "not installed"}
 
 
 def _costs(name: str, timings: Mapping[str, Timing]) -> dict[str, float]:
     timing = timings[name]
     sort = timings[SORT_GLOBAL if name.endswith("global") else SORT]
-    return {
-        "ms": 1e3 * timing.wall,
-        "cpu_ms": 1e3 * timing.cpu,
+    return timing.cells() | {
         "passes": timing.wall / timings[PASS].wall,
         "saving": sort.cpu / timing.cpu,
     }
 
 
-def _rivals(
+def _alternatives(
     weights: Weights, kept: Mapping[str, int], sparsity: float
 ) -> dict[str, Call]:
-    """What a refresh is compared with."""
+    """Other programs that make masks, which a refresh is compared with."""
     together = distributions.global_({p: w.shape for p, w in weights.items()}, sparsity)
     sort = functools.partial(sort_masks, kept=kept)
     sort_global = functools.partial(sort_masks_global, kept=int(together))
@@ -154,17 +137,13 @@ def _rivals(
 
 
 def refresh_call(name: str, params: PyTree, sparsity: float) -> Call:
-    """One refresh by a rule, of the masks that it finds in the middle of a run."""
+    """One refresh by a rule, of the masks that it meets in the middle of a run."""
     masks = random_masks(params, START.get(name, 0.0) * sparsity)
-    # Movement and sparse momentum take these for what they have observed.
+    # Movement and sparse momentum take the gradient for what they have observed.
     grads = jax.tree.map(lambda w: w[..., ::-1], params)
     rule, key = RULES[name](sparsity), jax.random.key(0)
     params = apply_masks(params, masks)
     return rule.update, (masks, params, grads, jnp.int32(STEP), key)
-
-
-def _compiled(function: Callable[..., Any], *args: Any) -> jax.stages.Compiled:
-    return jax.jit(function).lower(*args).compile()
 
 
 def threshold_masks(weights: Weights, threshold: jax.Array) -> Weights:
@@ -173,11 +152,11 @@ def threshold_masks(weights: Weights, threshold: jax.Array) -> Weights:
 
 
 def sort_masks(weights: Weights, kept: Mapping[str, int]) -> Weights:
-    """The largest magnitudes of every leaf by sorting: the obvious implementation.
+    """The largest magnitudes of every leaf, by sorting.
 
     Args:
       weights: leaves by path.
-      kept: how many of each, at least 1; where magnitudes are alike it may be more.
+      kept: how many of each, at least 1; more are kept where magnitudes are equal.
     """
     magnitudes = {path: jnp.abs(w) for path, w in weights.items()}
     return {
@@ -187,18 +166,18 @@ def sort_masks(weights: Weights, kept: Mapping[str, int]) -> Weights:
 
 
 def sort_masks_global(weights: Weights, kept: int) -> Weights:
-    """The largest magnitudes of all leaves together by sorting.
+    """The largest magnitudes of all leaves together, by sorting.
 
     Args:
       weights: leaves by path.
-      kept: how many of all, at least 1; where magnitudes are alike it may be more.
+      kept: how many of all, at least 1; more are kept where magnitudes are equal.
     """
     magnitudes = jnp.concatenate([jnp.abs(w).ravel() for w in weights.values()])
     return threshold_masks(weights, jnp.sort(magnitudes)[magnitudes.size - kept])
 
 
 def partition_masks(weights: Weights, kept: Mapping[str, int]) -> Weights:
-    """`sort_masks` on the host, which need not put all of a leaf in order."""
+    """`sort_masks` on the host, by a partial sort."""
     magnitudes = {path: np.abs(w) for path, w in weights.items()}
     cuts = {path: m.size - kept[path] for path, m in magnitudes.items()}
     return {
@@ -210,12 +189,12 @@ def partition_masks(weights: Weights, kept: Mapping[str, int]) -> Weights:
 def torch_candidates(
     weights: Weights, kept: Mapping[str, int], sparsity: float
 ) -> dict[str, Candidate]:
-    """Pruning by torch on as many threads as there are cores; none without torch.
+    """Pruning by PyTorch on as many threads as there are cores; none without it.
 
     Args:
       weights: leaves by path, on the host.
-      kept: how many weights stay in each where leaves are pruned one by one.
-      sparsity: zeros among all of them where they are pruned together.
+      kept: weights that each leaf keeps where leaves are pruned one by one.
+      sparsity: zeros among all weights where leaves are pruned together.
     """
     try:
         import torch
@@ -225,7 +204,7 @@ def torch_candidates(
     torch.set_num_threads(num_cores())
     tensors = {path: torch.from_numpy(w) for path, w in weights.items()}
 
-    # Fresh modules for every call: pruning one again would prune what is left of it.
+    # New modules for every call: one that is pruned again would lose further weights.
     def modules() -> dict[str, Any]:
         made = {path: torch.nn.Module() for path in tensors}
         for path, module in made.items():

@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from experiments.benchmarks.measure import Table, shown
-from experiments.benchmarks.refresh import RULES
-from experiments.benchmarks.steps import OPTIMIZERS, SGD, WRAPPED
-from experiments.benchmarks.training import SPARSE
+from experiments.benchmark.refresh import RULES
+from experiments.benchmark.steps import OPTIMIZERS, SGD, SPARSIFIED
+from experiments.benchmark.tables import Table, format_cell, name_of
+from experiments.benchmark.training import SPARSE
 
 MAGNITUDE = ("magnitude, each leaf (ERK)", "magnitude, global")
-OURS = (*RULES, *(WRAPPED.format(name) for name in OPTIMIZERS))
+OURS = (*RULES, *(SPARSIFIED.format(name) for name in OPTIMIZERS))
 
 
 class Target(NamedTuple):
@@ -19,10 +19,10 @@ class Target(NamedTuple):
     Attributes:
       text: what is bounded.
       limit: the bound.
-      column: key of the column.
+      column: title of the column.
       sections: the tables it is in.
-      what: the rows.
-      model: the only model it is about; None is every model that was measured.
+      names: of the rows.
+      model: the only model it is about; None for every model that was measured.
       at_least: the limit is the smallest value that is allowed, not the largest.
     """
 
@@ -30,7 +30,7 @@ class Target(NamedTuple):
     limit: float
     column: str
     sections: tuple[str, ...]
-    what: tuple[str, ...]
+    names: tuple[str, ...]
     model: str | None = None
     at_least: bool = False
 
@@ -52,7 +52,7 @@ TARGETS = (
         1.15,
         "relative",
         ("step",),
-        (WRAPPED.format(SGD),),
+        (SPARSIFIED.format(SGD),),
     ),
     Target(
         "training step of ResNet-18, sparse over dense",
@@ -72,9 +72,9 @@ TARGETS = (
     Target(
         "CPU s to trace, lower and compile the step under RigL, ResNet-50",
         10,
-        "cpu_s",
+        "CPU s",
         ("compile",),
-        (WRAPPED.format(SGD),),
+        (SPARSIFIED.format(SGD),),
         model="resnet50",
     ),
 )
@@ -89,40 +89,34 @@ def targets_table(tables: Mapping[str, Table]) -> Table:
     return Table(
         "Targets",
         "The worst row counts. Where no row is about a target it was not measured.",
-        {
-            "target": "target",
-            "limit": "limit",
-            "measured": "measured",
-            "where": "at",
-            "met": "met",
-        },
         [judge(target, tables) for target in TARGETS],
     )
 
 
 def judge(target: Target, tables: Mapping[str, Table]) -> dict[str, Any]:
-    """The row of one target: the worst figure, where it was found, whether it is met.
+    """The row of one target: the worst figure, its place, whether the target is met.
 
     Args:
       target: the bound.
       tables: what was measured, by section.
     """
-    sign = "≥" if target.at_least else "≤"
-    row = {"target": target.text, "limit": f"{sign} {shown(target.limit)}"}
-    found = [
-        line
+    rows = [
+        row
         for section in target.sections
         if section in tables
-        for line in tables[section].rows
-        if line["what"] in target.what
-        and target.model in (None, line["model"])
-        and not math.isnan(line[target.column])
+        for row in tables[section].rows
+        if name_of(row) in target.names
+        and target.model in (None, row["model"])
+        and not math.isnan(row[target.column])
     ]
-    if not found:
-        return row | {"met": "not measured"}
-    pick = min if target.at_least else max
-    worst = pick(found, key=lambda line: line[target.column])
+    row = {
+        "target": target.text,
+        "limit": f"{'≥' if target.at_least else '≤'} {format_cell(target.limit)}",
+    }
+    if not rows:
+        return row | {"measured": "", "at": "", "met": "not measured"}
+    worst = (min if target.at_least else max)(rows, key=lambda row: row[target.column])
     value = worst[target.column]
     met = value >= target.limit if target.at_least else value <= target.limit
-    where = f"{worst['model']}, {worst['what']}"
-    return row | {"measured": value, "where": where, "met": "yes" if met else "no"}
+    at = f"{worst['model']}, {name_of(worst)}"
+    return row | {"measured": value, "at": at, "met": "yes" if met else "no"}
