@@ -245,9 +245,11 @@ def test_a_figure_that_fails_leaves_tables_and_summary(finished, tmp_path, monke
     monkeypatch.setattr(plots, "accuracy_against_cost", fail)
     with pytest.raises(ValueError, match="nothing can be drawn"):
         learn(in_directory(workdir))
-    for name in ("table.md", "summary.json"):
-        assert (workdir / name).read_text() == (finished[0] / name).read_text()
-    assert set(read(workdir / "summary.json")["ranks"]) == set(NAMES)
+    table, summary = "table.md", "summary.json"
+    assert (workdir / table).read_text() == (finished[0] / table).read_text()
+    before = without_time(read(finished[0] / summary))
+    assert without_time(read(workdir / summary)) == before
+    assert set(before["ranks"]) == set(NAMES)
 
 
 # Cells
@@ -419,6 +421,26 @@ def test_tuned_values_are_used_and_cannot_change_later(tmp_path):
     with pytest.raises(ValueError, match=r"dense-.* with the values of its finished"):
         learn(dataclasses.replace(config, tuned=""))
     learn(config)
+
+
+def test_of_many_programs_some_have_all_seeds_before_others_are_compiled(
+    tmp_path, monkeypatch
+):
+    order = []
+
+    def fail(learner, group, *_):
+        for plan, seed in group:
+            order.append((plan.row.method, seed))
+            learner.out.fail(runner.unit_of(plan, seed), "a reason")
+
+    monkeypatch.setattr(runner, "_PROGRAMS", 1)
+    monkeypatch.setattr(runner, "_train_group", fail)
+    monkeypatch.setattr(jax, "clear_caches", lambda: order.append("cleared"))
+    config = in_directory(tmp_path, methods=("dense", "rigl"))
+    with pytest.raises(FloatingPointError, match="all 4 runs have failed"):
+        learn(config)
+    first, then = [[(name, seed) for seed in SEEDS] for name in ("dense", "rigl")]
+    assert order == [*first, "cleared", *then]
 
 
 def test_trials_that_differ_in_settings_alone_share_a_program():
