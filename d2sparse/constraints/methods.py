@@ -113,7 +113,8 @@ _ANNEALED = {"preset": "symmetric"}
 _FOLLOWED = {"preset": "fast_slow"}
 _CAPPED = {
     "steps": equal_costs.steps_of_rounds,
-    "rounds": equal_costs.CAPPED_ROUNDS,
+    # A function, which --rounds of other methods does not contradict.
+    "rounds": lambda known: equal_costs.CAPPED_ROUNDS,
 }
 
 # What every method can be mixed with.
