@@ -368,9 +368,13 @@ def test_interrupted_in_training_a_run_comes_to_the_same_bits(
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """The directory and the choice of a finished tuning."""
-    workdir = tmp_path_factory.mktemp("runs") / "tuned"
+    workdir, cleared = tmp_path_factory.mktemp("runs") / "tuned", []
     nothing_to_test_on = data.load("digits")._replace(test=None)
-    return workdir, learn(in_directory(workdir, **TUNING), nothing_to_test_on)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "clear_caches", lambda: cleared.append(1))
+        chosen = learn(in_directory(workdir, **TUNING), nothing_to_test_on)
+    assert len(cleared) == len(TUNING["methods"])
+    return workdir, chosen
 
 
 TUNING = {"methods": ("dense", "noisy"), "tune": True, "trials": 2, "tuning_seeds": 2}
