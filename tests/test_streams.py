@@ -12,6 +12,7 @@ import runs
 
 from d2sparse import data, models, train
 from d2sparse.constraints import (
+    METHODS,
     STREAM_METHODS,
     Arrival,
     Moves,
@@ -63,7 +64,7 @@ OLD = anytime.Config(
     progress=False,
 )
 STREAM = StreamOptions(megabatches=3, epochs=2, tau=3.0, score_batch=5)
-OPTIONS = Options(refresh_interval=2, horizon=6)
+OPTIONS = Options(refresh_interval=2)
 STAGES = 3
 
 
@@ -163,6 +164,7 @@ def walked(tmp_path_factory):
         config = dataclasses.replace(OLD, methods=names, workdir=workdir, **changes)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(walks.Walk, "depart", watched)
+            patch.setattr(anytime, "report", lambda *_: {})  # Figures take long.
             anytime.run(config)
         return found
 
@@ -402,6 +404,31 @@ def test_a_best_epoch_that_is_too_dense_is_put_under_the_last_masks(pair):
     assert same(stages._under_last_masks(later, best), later)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["granet", "ac_dc", "top_kast", "sr_ste", "str", "powerprop", "dense_mutual"],
+)
+def test_other_trainings_of_one_phase_learn_on_a_stream(name):
+    within = Options(0.5, refresh_interval=4, growth_samples=0, group=2)
+    inner = METHODS[name].constraints(within)
+    around = stream(STREAM, labelled().labels)
+    made = make_program(constrain(start(), LENGTH, *inner, around))
+    stages_ended = learn(made)
+    assert len(stages_ended) == STAGES
+    for (state, spent), stage in zip(
+        stages_ended, plan(STREAM, labelled().labels, 8), strict=True
+    ):
+        assert int(state.step) == stage.end
+        assert spent > 0
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    used = made.training.masks(state).used
+    network = made.training.network
+    left = sum(live_weights(network, used).values()) / network.weights
+    if name not in ("dense_mutual", "str"):
+        assert left == pytest.approx(0.5, abs=0.01)
+
+
 def test_layers_add_up():
     made = program("app")
     state = begin(made, 0).state
@@ -410,6 +437,14 @@ def test_layers_add_up():
     layers = layer_densities(made.training.network, masks)
     assert layers == {"dense1/kernel": 1.0, "dense2/kernel": 1.0, "head/kernel": 0.1}
     assert live_weights(made.training.network, masks)["head/kernel"] == 10
+
+
+def test_what_is_not_given_follows_from_the_steps_of_the_stream():
+    given = Streamed(Options(growth_samples=0), STREAM, labelled().labels)
+    training = constrain(start(), *STREAM_METHODS["rigl"].constraints(given))
+    refreshes = [step for step in range(52) if training.when(step)]
+    assert refreshes == [25]  # At least 25 steps apart, in the first 39.
+    assert training.settings["sparsity"] == 1 - 0.8**STREAM.tau
 
 
 # Refusals

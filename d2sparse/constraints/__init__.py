@@ -11,8 +11,9 @@
 `distilled`: a network learns from one that was trained before it.
 `coupled`: two networks teach each other (D2-Sparse).
 `averaging`, `pacing`: the average of the weights, the learning-rate schedule.
-`streams`: data arrive in megabatches (anytime learning), and STREAM_METHODS by name;
+`streams`: data arrive in megabatches (anytime learning);
 `timetables`, `arrivals`, `stages`: what arrives when, pruning by it, the phases.
+`stream_methods`: STREAM_METHODS, all that is compared on streams, by name.
 `methods`: METHODS, all of these by name, built from `options.Options`.
 """
 
@@ -54,9 +55,8 @@ from d2sparse.constraints.pacing import paced
 from d2sparse.constraints.pruning import ac_dc, gradual, granet, movement, one_shot
 from d2sparse.constraints.scored import fisher, grasp, snip, synflow, wanda
 from d2sparse.constraints.soups import souped, swamp
+from d2sparse.constraints.stream_methods import STREAM_METHODS, Streamed
 from d2sparse.constraints.streams import (
-    STREAM_METHODS,
-    Streamed,
     as_long_as_stream,
     layer_densities,
     live_weights,

@@ -30,7 +30,7 @@ class Method(NamedTuple):
 
     Attributes:
       constraints: options -> what the plain training is put under; of the methods on a
-        stream, `streams.Streamed` -> that.
+        stream, `stream_methods.Streamed` -> that.
       sets: flags that it sets, by name; a value may be a function of what is known
         before the training is made, see `equal_costs`.
       tries: values to try when it is tuned, by flag, besides learning rate and weight
