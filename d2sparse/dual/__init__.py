@@ -19,21 +19,24 @@ the budget of one is never spent by the other. Of the presets of `make_plans`,
 `"averaged"` is the one to start from: it was the best in `experiments.low_data`.
 """
 
-from d2sparse.dual.consolidation import consolidate
-from d2sparse.dual.merging import merge
-from d2sparse.dual.pair import (
-    Consolidation,
-    Coupling,
-    Dual,
-    Trace,
+from d2sparse.dual.account import (
     get_pair_masks,
     headline,
     pair_macs,
     pair_predictions,
     settle_pair,
-    split_sparsity,
     stored_numbers,
 )
+from d2sparse.dual.consolidation import (
+    Consolidation,
+    Trace,
+    begin_trace,
+    consolidate,
+)
+from d2sparse.dual.coupling import Coupling, discourage
+from d2sparse.dual.joint import JointState, joint
+from d2sparse.dual.merging import merge
+from d2sparse.dual.pair import Dual, split_sparsity
 from d2sparse.dual.presets import (
     MODES,
     PRESETS,
@@ -43,7 +46,7 @@ from d2sparse.dual.presets import (
     make_plans,
     make_transforms,
 )
-from d2sparse.dual.step import discourage, init_pair, make_dual_step
+from d2sparse.dual.step import init_pair, make_dual_step
 
 __all__ = [
     "MODES",
@@ -51,15 +54,18 @@ __all__ = [
     "Consolidation",
     "Coupling",
     "Dual",
+    "JointState",
     "MakeOptimizer",
     "MakeRule",
     "Plan",
     "Trace",
+    "begin_trace",
     "consolidate",
     "discourage",
     "get_pair_masks",
     "headline",
     "init_pair",
+    "joint",
     "make_dual_step",
     "make_plans",
     "make_transforms",
