@@ -1,5 +1,7 @@
 """Faults of every kind at a chosen step, against runs that never reach that step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,8 @@ import optax
 import pytest
 from flax import linen as nn
 
-from d2sparse import dual, train
+from d2sparse import constraints, train
 from d2sparse.data import Split
-from d2sparse.dual import Coupling, Dual
 from d2sparse.models import from_linen, layers, lenet_300_100
 from d2sparse.rules import rigl
 from d2sparse.schedules import every
@@ -37,11 +38,16 @@ MODEL = from_linen(Normed())
 TX = sparsify(optax.adam(0.01), rigl(0.5), every(3))
 
 
-@pytest.fixture(scope="module")
-def data():
+@functools.cache
+def images():
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(SIZE, 4, 4, 1)).astype(np.uint8)
     return train.to_device(Split(images, np.arange(SIZE, dtype=np.int32) % 10))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return images()
 
 
 def poison(where, value):
@@ -234,44 +240,45 @@ def test_a_guarded_state_is_donated_like_any_other(data, optimizer):
     assert guarded.alias_size_in_bytes > 2 * parameters
 
 
+@functools.cache
+def guarded_pair(skip):
+    """A pair of RigL whose losses are NaN at step 4."""
+
+    def poisoned(training):
+        def loss(outputs, batch, context):
+            value, logs = training.loss(outputs, batch, context)
+            due = context.step == context.settings["at"]
+            return value * (1 + poison(due, jnp.nan)), logs
+
+        settings = {**training.settings, "at": 4}
+        return training._replace(loss=loss, settings=settings)
+
+    moves = constraints.Moves(3, growth_samples=16)
+    sides = [(constraints.rigl(0.5, moves),)] * 2
+    recipe = train.Recipe(STEPS, BATCH)
+    training = train.constrain(
+        train.plain(MODEL, images(), recipe), poisoned, constraints.coupled(*sides)
+    )
+    return train.make_program(training, skip_faults=skip)
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_pair_is_guarded_as_a_whole(data, skip):
-    models = Dual(MODEL, MODEL)
-    tx = Dual(*(sparsify(optax.sgd(0.1), rigl(0.5), every(3), n) for n in (0, 1)))
-    coupling, at = Coupling(), 4
-
-    def step(state, data, indices):
-        def augment(key, x):
-            return x + poison(state.step == state.settings["at"], jnp.nan)
-
-        pair = dual.make_dual_step(models, tx, coupling, augment, growth_samples=16)
-        return pair(state, data, indices)
-
-    def start(at):
-        key, settings = jax.random.key(0), {"at": at}
-        return dual.init_pair(
-            models, tx, data, key, coupling, settings=settings, skip_faults=skip
-        )
-
-    run, saved = train.make_runner(step), []
-    expected = train.fit(run, start(at), data, at, BATCH)
+    program, at, saved = guarded_pair(skip), 4, []
+    start = program.init(jax.random.key(0), data)
+    rows = train.step_indices(start.state, data, STEPS, BATCH)
+    expected, _ = program.run(copy(start.state), data, rows[:at])
     kept = copy(expected)
     if skip:
-        end = train.fit(run, start(at), data, STEPS, BATCH)
+        end = train.fit_phases(program, start, data).state
         faults = end.faults
         assert faults._asdict() == {"total": 1, "first": at, "skip": True}
         expected = expected._replace(step=jnp.int32(at + 1), faults=copy(faults))
-        assert_same_bits(end, train.fit(run, expected, data, STEPS, BATCH))
-        masks = dual.get_pair_masks(end)
-        assert_pruned(end.params, masks)
+        again, _ = program.run(expected, data, rows[at + 1 :])
+        assert_same_bits(end, again)
+        assert_pruned(end.params, constraints.pair_masks(end))
         return
+    watch = train.Watch(save=lambda progress, logs: saved.append(copy(progress.state)))
     with pytest.raises(FloatingPointError, match=f"update of step {at} "):
-        train.fit(
-            run,
-            start(at),
-            data,
-            STEPS,
-            BATCH,
-            save=lambda state, logs: saved.append(copy(state)),
-        )
+        train.fit_phases(program, start, data, watch)
     assert_same_bits(train.last_good(saved[0]), kept)

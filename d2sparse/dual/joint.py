@@ -12,7 +12,7 @@ from d2sparse.dual.coupling import apart, discourage
 from d2sparse.dual.pair import Dual
 from d2sparse.masks import Selection, apply_masks, select
 from d2sparse.train import live_masks
-from d2sparse.transforms import get_masks, set_masks, sparse_states
+from d2sparse.transforms import get_masks, mask_states, set_masks, sparse_states
 from d2sparse.tree import Prunable, PyTree
 
 
@@ -69,10 +69,13 @@ def joint(
         updates: Dual, state: JointState, params: Dual, **extra: Any
     ) -> tuple[Dual, JointState]:
         def given(which: str, peer: PyTree) -> dict[str, Any]:
-            own = _extra_of(which, updates, params, extra)
-            if sparse_states(getattr(state, which)):
-                grown = own.pop("growth_fn")
-                own["growth_fn"] = lambda: discourage(grown(), peer, kappa)
+            own = _extra_of(which, params, extra)
+            if not mask_states(getattr(state, which)):
+                return own
+            grow = extra.get("growth_fn") or (lambda: updates)
+            own["growth_fn"] = lambda: discourage(getattr(grow(), which), peer, kappa)
+            if extra.get("refresh") is not None:
+                own["refresh"] = getattr(extra["refresh"], which)
             return own
 
         peer = joint_masks(params, state).slow
@@ -110,16 +113,11 @@ def joint_state(opt_state: PyTree) -> JointState:
     return found
 
 
-def _extra_of(
-    which: str, updates: Dual, params: Dual, extra: Mapping[str, Any]
-) -> dict[str, Any]:
-    """One learner's part of what the joint optimiser is given beside gradients."""
-    own = dict(extra)
-    grow, grad_fn = own.get("growth_fn") or (lambda: updates), own.get("grad_fn")
-    own["growth_fn"] = lambda: getattr(grow(), which)
-    if own.get("refresh") is not None:
-        own["refresh"] = getattr(own["refresh"], which)
-    if grad_fn is not None:
+def _extra_of(which: str, params: Dual, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """One learner's part of what any optimiser may be given beside gradients."""
+    own = {k: v for k, v in extra.items() if k not in ("growth_fn", "refresh")}
+    if "grad_fn" in own:
+        grad_fn = own["grad_fn"]
         own["grad_fn"] = lambda weights, number: getattr(
             grad_fn(params._replace(**{which: weights}), number), which
         )
