@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 import jax
 
 from d2sparse import distributions, lottery, rules
-from d2sparse.lottery import Hunt
 from d2sparse.masks import dense_masks
 from d2sparse.train import Data, Runner, TrainState
+from experiments import hunts
+from experiments.hunts import Hunt
 from experiments.pairs import (
     Choices,
     dense_pair,
@@ -59,7 +60,7 @@ def imp(task: Task, rounds: int, rewind_fraction: float, masks: MaskOptions) -> 
     sparsities = lottery.round_sparsities(task.sparsity, rounds)
 
     def init(key: jax.Array, data: Data, settings: Settings = NO_SETTINGS) -> Hunt:
-        return lottery.begin_hunt(network.init(key, data, settings))
+        return hunts.begin_hunt(network.init(key, data, settings))
 
     def fit(
         sessions: Sequence[Session], hunts: Sequence[Hunt], data: Sequence[Data]
@@ -101,7 +102,7 @@ def hunt_tickets(
     sparsities: Sequence[float],
     **options: Any,
 ) -> TrainState:
-    """`lottery.find_ticket` of one unit, from wherever it stands; returns its end."""
+    """`hunts.find_ticket` of one unit, from wherever it stands; returns its end."""
     stands = hunt
 
     def on_stretch(hunt: Hunt) -> None:
@@ -112,7 +113,7 @@ def hunt_tickets(
         rest = stands
         return session.train(run, state, data, stop, lambda s: rest._replace(state=s))
 
-    return lottery.find_ticket(
+    return hunts.find_ticket(
         fit, hunt, steps, rewind_step, sparsities, on_stretch=on_stretch, **options
     )
 

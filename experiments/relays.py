@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2sparse import distributions, dual, lottery, rules, train
+from d2sparse import distributions, dual, rules, train
 from d2sparse.dual import Dual
 from d2sparse.lottery import Ticket
 from d2sparse.masks import dense_masks
 from d2sparse.train import Data, Taught, Teacher, TrainState
+from experiments import hunts, pair_account
 from experiments.costs import shared_macs
 from experiments.pairs import Choices, sparse_pair, split_budget
 from experiments.recipes.arguments import make_shared
@@ -104,7 +105,7 @@ def distilled_pair(
     statistics = train.make_statistics(task.model, task.augment, task.batch_size)
 
     def hand_over(first: TrainState, second: TrainState, data: Data) -> TrainState:
-        masks = dual.get_pair_masks(first)
+        masks = pair_account.get_pair_masks(first)
         params, own = first.params.slow, first.model_state.slow
         live = masks.slow
         if merged:
@@ -117,7 +118,7 @@ def distilled_pair(
             own = statistics(params, own, data, first.key)
         teachers = Dual(*zip(first.params, first.model_state, strict=True))
         known = Taught(own, tuple(Teacher(*teacher) for teacher in teachers))
-        return lottery.start_from(Ticket(params, known, live), second)
+        return hunts.start_from(Ticket(params, known, live), second)
 
     pair = sparse_pair(before, choices)
     return relay(pair, before.steps, student, last, hand_over, finish.rate)

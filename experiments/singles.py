@@ -24,6 +24,7 @@ from d2sparse.transforms import (
     sparsify,
 )
 from d2sparse.tree import PyTree
+from experiments import hunts
 from experiments.session import Session, train_together
 from experiments.task import Task
 
@@ -180,11 +181,11 @@ def make_network(task: Task, recipe: Recipe) -> Network:
             model, make_tx(chosen, mask_key), data, key, chosen, task.skip_faults
         )
         if task.ticket is not None:
-            state = lottery.start_from(task.ticket, state)
+            state = hunts.start_from(task.ticket, state)
         if recipe.choose is None:
             return state
         masks = recipe.choose(state, data)
-        return lottery.start_from(
+        return hunts.start_from(
             lottery.Ticket(state.params, state.model_state, masks), state
         )
 

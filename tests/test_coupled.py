@@ -41,7 +41,7 @@ from d2sparse.constraints import (
 from d2sparse.constraints.masked import under_masks
 from d2sparse.distributions import erk
 from d2sparse.dual import Coupling, Dual, Trace
-from d2sparse.dual.joint import joint_state
+from d2sparse.dual.joining import joint_state
 from d2sparse.rules import MaskRule
 from d2sparse.schedules import every
 from d2sparse.train import Context, constrain, make_program

@@ -14,9 +14,15 @@ import jax.numpy as jnp
 import optax
 
 from d2sparse import losses, metrics
-from d2sparse.dual import Coupling, Dual, Trace
-from d2sparse.dual.coupling import trust
-from d2sparse.dual.joint import joint, joint_masks, joint_state
+from d2sparse.dual import (
+    Coupling,
+    Dual,
+    Trace,
+    joint,
+    joint_masks,
+    joint_state,
+    trust,
+)
 from d2sparse.masks import Selection, apply_masks, select
 from d2sparse.models import Model
 from d2sparse.train import (

@@ -59,7 +59,12 @@ class Coupling:
 
 
 def trust(peer: jax.Array, coupling: Coupling) -> jax.Array:
-    """How much the teaching of a peer counts on each example, float[batch]."""
+    """How much the teaching of a peer counts on each example, float[batch].
+
+    Args:
+      peer: float[batch, classes], its logits.
+      coupling: "weighted" by the peer's confidence, and from which "threshold" on.
+    """
     confidence = losses.confidence(peer)
     weight = confidence if coupling.weighted else jnp.ones_like(confidence)
     return jnp.where(confidence >= coupling.threshold, weight, 0.0)
@@ -93,12 +98,17 @@ def apart(
     prunable: Prunable,
     selection: Selection,
 ) -> PyTree:
-    """Random masks with the counts of the given ones, where the peer's are not."""
-    if jax.tree.map(jnp.shape, masks) != jax.tree.map(jnp.shape, peer):
-        raise ValueError(
-            "expected two networks of one shape, since their masks are coupled, got "
-            "different ones; set the mask coupling to 0"
-        )
+    """Random masks with the counts of the given ones, where the peer's are not.
+
+    Args:
+      masks: of one network.
+      peer: masks of another one of the same shapes.
+      kappa: in [-1, 1]; 1 for masks that are complementary as far as they can be, -1
+        for masks that overlap.
+      key: random key.
+      prunable: predicate on (path, leaf).
+      selection: which patterns may be live.
+    """
     ranks = scores.random(masks, None, key)
     ranks = jax.tree.map(lambda rank, live: rank - kappa * live, ranks, peer)
     ranks = tree.prunable_leaves(ranks, prunable)

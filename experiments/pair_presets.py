@@ -1,4 +1,4 @@
-"""How the two learners are trained: named plans for their steps and masks."""
+"""The plans of a pair that `constraints.paired` replaces."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Masks, storage, predictions and cost of a pair."""
+"""Masks, storage, predictions and cost of a pair, as constraints.coupled has them."""
 
 import jax
 import jax.numpy as jnp

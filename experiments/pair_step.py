@@ -1,4 +1,4 @@
-"""Two networks trained as one: their start, their joint loss, one step of both."""
+"""The step of a pair that `constraints.coupled` replaces."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +9,6 @@ import optax
 
 from d2sparse import losses, metrics
 from d2sparse.data import Augment
-from d2sparse.dual.account import get_pair_masks
 from d2sparse.dual.consolidation import Consolidation, begin_trace, consolidate
 from d2sparse.dual.coupling import Coupling, apart, discourage, trust
 from d2sparse.dual.pair import Dual
@@ -29,6 +28,7 @@ from d2sparse.train import (
 from d2sparse.transforms import get_masks, set_masks, zero_pruned
 from d2sparse.transforms.inputs import as_key
 from d2sparse.tree import Prunable, PyTree, is_kernel
+from experiments.pair_account import get_pair_masks
 
 
 def init_pair(
