@@ -18,8 +18,10 @@ from experiments import cli
 
 TESTS = Path(__file__).parent
 EXPERIMENTS = [
-    f"experiments.{path.stem}"
-    for path in sorted((TESTS.parent / "experiments").glob("*.py"))
+    ".".join(path.relative_to(TESTS.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+    for path in sorted((TESTS.parent / "experiments").rglob("*.py"))
     if "\nclass Config" in path.read_text()
 ]
 

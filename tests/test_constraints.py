@@ -26,7 +26,6 @@ from d2sparse.constraints import (
 from d2sparse.constraints.coupled import pair_masks
 from d2sparse.dual import Coupling
 from d2sparse.masks import n_of_m
-from d2sparse.models import taps
 from d2sparse.train import (
     Phase,
     Recipe,
@@ -231,30 +230,6 @@ def test_growth_is_charged_where_it_happens():
     for step, cost in enumerate(costs):
         grown = 16 / 8 * (2 * plain_cost / 3 + dense) if step in refreshes else 0
         np.testing.assert_allclose(cost, plain_cost + grown, rtol=1e-6)
-
-
-def test_gradients_at_taps_are_finite_differences():
-    model = models.make_model("lenet_300_100", 4, 0.04)
-    x = jax.random.normal(jax.random.key(1), (2, 4, 4, 1))
-    params, state = model.init(jax.random.key(0), x)
-    _, found = taps.read(model.apply)(params, state, x, train=False)
-    zeros = {path: jnp.zeros_like(tap.output) for path, tap in found.items()}
-
-    def loss(offsets):
-        apply = taps.offset(model.apply)
-        return jnp.sum(apply(offsets, params, state, x, train=False)[0] ** 2)
-
-    slope = jax.grad(loss)(zeros)["dense2"][1, 2]
-    step = 1e-2
-    moved = [
-        loss({**zeros, "dense2": zeros["dense2"].at[1, 2].set(sign * step)})
-        for sign in (1, -1)
-    ]
-    np.testing.assert_allclose((moved[0] - moved[1]) / (2 * step), slope, rtol=1e-2)
-    with pytest.raises(ValueError, match="expected layers of the network"):
-        taps.replace(model.apply, {"no": lambda tap: tap.output})(
-            params, state, x, train=False
-        )
 
 
 @pytest.mark.parametrize("horizon", [None, 6])

@@ -13,9 +13,8 @@ from runs import modified, read, unit_files, without_time
 from simple_parsing.docstring import get_attribute_docstring
 
 from d2sparse import data, plots, records
-from experiments import d2_sparse, low_data, units
+from experiments import d2_sparse, units
 from experiments.d2_sparse import Config
-from experiments.few_labels.cells import Cell, Setting, parse_cell
 from experiments.methods import METHODS
 
 TFDS = Path(os.environ.get("TFDS_DATA_DIR") or runs.ROOT.parent / "shared" / "tfds")
@@ -456,37 +455,3 @@ def test_a_figure_that_cannot_be_drawn_does_not_cost_the_table(
         d2_sparse.run(dataclasses.replace(TINY, workdir=str(workdir)))
     assert runs.table_rows(workdir)
     assert read(workdir / "summary.json")["methods"]
-
-
-@pytest.mark.parametrize(
-    "figure",
-    [
-        "rank_diagram",
-        pytest.param("accuracy_against_cost", marks=pytest.mark.slow),
-    ],
-)
-def test_nor_does_it_in_the_benchmark_of_low_data(figure, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, figure, cannot_draw)
-    config = low_data.Config(
-        methods=("static", "dense"),
-        budgets=(2,),
-        seeds=1,
-        width=0.1,
-        steps=2,
-        progress=False,
-        workdir=str(tmp_path / "run"),
-    )
-    with pytest.raises(ValueError, match="nothing can be drawn"):
-        low_data.run(config)
-    assert "## 2 labels per class" in (tmp_path / "run" / "table.md").read_text()
-    assert read(tmp_path / "run" / "summary.json")["ranks"].keys() == {
-        "static",
-        "dense",
-    }
-
-
-def test_cells_of_almost_the_same_noise_have_names_of_their_own():
-    cells = [Cell("rigl", Setting(50, noise)) for noise in (0.2, 0.1234567, 0.12345678)]
-    assert cells[0].name == "rigl-50-noise0.2"
-    assert [parse_cell(cell.name) for cell in cells] == cells
-    assert len({cell.setting.title for cell in cells}) == 3

@@ -23,11 +23,9 @@ from experiments import (
     d2_sparse,
     data_efficient_lth,
     lottery,
-    low_data,
     prune,
     units,
 )
-from experiments.few_labels.cells import list_settings
 from experiments.megabatches import walks
 from experiments.recipes.options import MaskOptions
 from experiments.splits import draw_splits
@@ -42,21 +40,13 @@ ASIDE = {
 TINY = {"width": 0.1, "steps": 12, "refresh_interval": 3}
 STREAM = {"samples_per_class": 18, "megabatches": 3, "width": 0.1}
 RULES = ("one_shot", "rigl", "granet", "top_kast", "snip", "str", "powerprop")
-CELLS = (
-    *("dense_narrow", "self_distilled", "one_shot", "snip", "rigl", "granet", "imp"),
-    *("free_tickets", "uncoupled_annealed", "d2_annealed", "d2_consolidated"),
-    "d2_distilled",
-)
 LEARNERS = ("app", "rigl", "d2_sparse")
 EXPERIMENTS = {
     "d2_sparse": (d2_sparse.run, d2_sparse.Config(**TINY, shift=0)),
     "prune": (prune.run, prune.Config(**TINY, rules=RULES, sparsities=(0.5,))),
     "lottery": (lottery.run, lottery.Config(width=0.1, rounds=2)),
-    "low_data": (low_data.run, low_data.Config(**TINY, methods=CELLS, budgets=(5,))),
-    "tuning": (low_data.run, low_data.Config(**TINY, methods=("rigl",), tune=True)),
     "anytime": (anytime.run, anytime.Config(**STREAM, methods=LEARNERS)),
 }
-TUNING = ("trials", "tuning_seeds", "tuned", "tuning_rates", "tuning_decays")
 # Other values than the next number or the next choice.
 VALUES = {
     "dataset": ["mnist"],
@@ -210,14 +200,12 @@ def others(config, field):
 
 
 # Many programs, or flags that d2_sparse has too.
-SLOW = dict.fromkeys(("low_data", "anytime", "prune", "lottery"), pytest.mark.slow)
+SLOW = dict.fromkeys(("anytime", "prune", "lottery"), pytest.mark.slow)
 FLAGS = [
     pytest.param(name, field, marks=SLOW.get(name, ()), id=f"{name}-{field.name}")
     for name, (_, config) in EXPERIMENTS.items()
     for field in dataclasses.fields(config)
     if field.name not in ASIDE
-    and (name != "low_data" or field.name not in ("tuning_rates", "tuning_decays"))
-    and (name != "tuning" or field.name in TUNING)
 ]
 
 
@@ -268,9 +256,6 @@ REACHED = [
     (d2_sparse, "imp", [{"prunable": "body"}]),
     (d2_sparse, "d2_sparse", [*MASKS, *PAIRS, *TAUGHT]),
     (d2_sparse, "dense_mutual", TAUGHT),
-    *[(low_data, own, MASKS) for own in ("rigl", "free_tickets", "d2_distilled")],
-    (low_data, "d2_annealed", [*MASKS, *PAIRS[:2], *TAUGHT]),
-    (low_data, "d2_merged", MASKS),
 ]
 
 
@@ -280,8 +265,7 @@ REACHED = [
     ids=[f"{own.__name__}-{method}" for own, method, _ in REACHED],
 )
 def test_a_flag_reaches_the_method_that_it_is_for(experiment, method, changes):
-    one = {"budgets": (5,)} if experiment is low_data else {}
-    config = experiment.Config(**TINY, **one, methods=(method,))
+    config = experiment.Config(**TINY, methods=(method,))
     found = [planned(experiment.run, dataclasses.replace(config, **c)) for c in changes]
     assert len({planned(experiment.run, config), *found}) == 1 + len(changes)
 
@@ -309,51 +293,12 @@ def test_a_flag_reaches_the_method_that_it_is_for(experiment, method, changes):
             {"growth_samples": 5},
             "no growth_samples, since masks",
         ),
-        (
-            low_data,
-            {"budgets": (5,), "samples_per_class": 7},
-            "since budgets are",
-        ),
-        (
-            low_data,
-            {"label_noise": 0.4},
-            "no label_noise, in whose place",
-        ),
-        (low_data, {"imbalance": 4.0}, "no imbalance, in whose place are imbalances"),
-        (low_data, {"trials": 3}, "no trials, which is for --tune"),
-        (low_data, {"tune": True, "tuned": "x"}, "no tuned, since --tune chooses"),
-        (
-            low_data,
-            {"methods": ("d2_sparse",), "averaging": 0.5},
-            "expected averaging of 0.25 for .*d2_sparse.*, got 0.5; leave them or",
-        ),
-        (
-            low_data,
-            {"methods": ("d2_annealed",), "preset": "constant"},
-            "expected preset of symmetric for .*d2_annealed.*, got constant",
-        ),
     ],
     ids=str,
 )
 def test_a_flag_without_effect_is_refused(experiment, changes, message):
     with pytest.raises(ValueError, match=message):
         experiment.run(experiment.Config(**changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "budgets"),
-    [
-        ({}, [10, 50]),
-        ({"samples_per_class": 100}, [100]),
-        ({"samples_per_class": 10}, [10]),
-        ({"samples_per_class": 0}, [0]),
-        ({"budgets": (20, 5)}, [20, 5]),
-    ],
-    ids=str,
-)
-def test_the_budgets_of_low_data_are_those_that_are_asked_for(changes, budgets):
-    found = list_settings(low_data.Config(**changes))
-    assert [own.samples for own in found] == budgets
 
 
 def test_a_second_configuration_has_a_directory_of_its_own(monkeypatch):

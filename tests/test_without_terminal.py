@@ -9,7 +9,7 @@ import pytest
 from runs import read
 
 from d2sparse import data
-from experiments import cli, d2_sparse, low_data, prune, units
+from experiments import cli, d2_sparse, prune, units
 
 RESULT = {
     "accuracy": 0.5,
@@ -23,9 +23,8 @@ TINY = {"seeds": 1, "width": 0.1, "steps": 12, "refresh_interval": 3}
 EXPERIMENTS = [
     (prune, prune.Config(**TINY, rules=("dense", "static"), sparsities=(0.5,))),
     (d2_sparse, d2_sparse.Config(**TINY, methods=("dense", "static"))),
-    (low_data, low_data.Config(**TINY, methods=("dense", "static"), budgets=(5,))),
 ]
-NAMES = ["prune", "d2_sparse", "low_data"]
+NAMES = ["prune", "d2_sparse"]
 EACH = pytest.mark.parametrize(("experiment", "config"), EXPERIMENTS, ids=NAMES)
 
 

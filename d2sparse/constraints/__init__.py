@@ -11,9 +11,13 @@
 `distilled`: a network learns from one that was trained before it.
 `coupled`: two networks teach each other (D2-Sparse); `paired`: under one budget.
 `averaging`, `pacing`: the average of the weights, the learning-rate schedule.
+`streams`: data arrive in megabatches (anytime learning);
+`timetables`, `arrivals`, `stages`: what arrives when, pruning by it, the phases.
+`stream_methods`: STREAM_METHODS, all that is compared on streams, by name.
 `methods`: METHODS, all of these by name, built from `options.Options`.
 """
 
+from d2sparse.constraints.arrivals import Arrival
 from d2sparse.constraints.averaging import averaged
 from d2sparse.constraints.coupled import coupled, pair_masks
 from d2sparse.constraints.distilled import distilled, finished
@@ -46,17 +50,31 @@ from d2sparse.constraints.paired import Learners, consolidated, paired
 from d2sparse.constraints.pruning import ac_dc, gradual, granet, movement, one_shot
 from d2sparse.constraints.scored import fisher, grasp, snip, synflow, wanda
 from d2sparse.constraints.soups import souped, swamp
+from d2sparse.constraints.stream_methods import STREAM_METHODS, Streamed
+from d2sparse.constraints.streams import (
+    as_long_as_stream,
+    layer_densities,
+    live_weights,
+    stream,
+    stream_steps,
+)
+from d2sparse.constraints.timetables import StreamOptions, make_timetable, timetable_of
 
 __all__ = [
     "METHODS",
     "MIXES",
+    "STREAM_METHODS",
+    "Arrival",
     "Learners",
     "Method",
     "Moves",
     "Options",
     "Rewinds",
+    "StreamOptions",
+    "Streamed",
     "Structure",
     "ac_dc",
+    "as_long_as_stream",
     "averaged",
     "consolidated",
     "coupled",
@@ -71,6 +89,9 @@ __all__ = [
     "iterative_magnitude",
     "kept",
     "last_refresh",
+    "layer_densities",
+    "live_weights",
+    "make_timetable",
     "movement",
     "one_shot",
     "paced",
@@ -86,8 +107,11 @@ __all__ = [
     "sparse_momentum",
     "sr_ste",
     "static",
+    "stream",
+    "stream_steps",
     "swamp",
     "synflow",
+    "timetable_of",
     "top_kast",
     "wanda",
 ]

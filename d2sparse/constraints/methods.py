@@ -30,7 +30,8 @@ class Method(NamedTuple):
     """One way to train.
 
     Attributes:
-      constraints: options -> what the plain training is put under.
+      constraints: options -> what the plain training is put under; of the methods on a
+        stream, `stream_methods.Streamed` -> that.
       sets: flags that it sets, by name; a value may be a function of what is known
         before the training is made, see `equal_costs`.
       tries: values to try when it is tuned, by flag, besides learning rate and weight
@@ -39,7 +40,7 @@ class Method(NamedTuple):
         of weights, or "prunes" on; empty where it cannot start from one.
     """
 
-    constraints: Callable[[Options], Constraints]
+    constraints: Callable[[Any], Constraints]
     sets: Mapping[str, Any] = {}
     tries: Tries = types.MappingProxyType({})
     ticket: str = ""
@@ -113,7 +114,8 @@ _ANNEALED = {"preset": "symmetric"}
 _FOLLOWED = {"preset": "fast_slow"}
 _CAPPED = {
     "steps": equal_costs.steps_of_rounds,
-    "rounds": equal_costs.CAPPED_ROUNDS,
+    # A function, which --rounds of other methods does not contradict.
+    "rounds": lambda known: equal_costs.CAPPED_ROUNDS,
 }
 
 # What every method can be mixed with.

@@ -207,6 +207,15 @@ def _prune_once(state: TrainState, rule: rules.MaskRule) -> PyTree:
     return rule.update(live, state.params, None, 0, jax.random.key(0))
 
 
+def kernel_inputs(
+    model: Model, params: PyTree, model_state: PyTree, x: Any
+) -> dict[str, jax.Array]:
+    """The activations that enter every kernel, by its path."""
+    read = taps.read(model.apply)
+    _, tapped = read(params, model_state, x, train=False)
+    return {f"{path}/kernel": tap.input for path, tap in tapped.items()}
+
+
 def make_logits(
     model: Model, model_state: PyTree, train: bool
 ) -> Callable[[PyTree, jax.Array], jax.Array]:
@@ -216,15 +225,6 @@ def make_logits(
         return model.apply(params, model_state, x, train=train)[0]
 
     return logits
-
-
-def kernel_inputs(
-    model: Model, params: PyTree, model_state: PyTree, x: jax.Array
-) -> dict[str, jax.Array]:
-    """What enters the layers of a network: float[batch, ..., features] by kernel."""
-    read = taps.read(model.apply)
-    _, found = read(params, model_state, x, train=False)
-    return {f"{path}/kernel": tap.input for path, tap in found.items()}
 
 
 def _sample(state: TrainState, data: Data, samples: int) -> Data:

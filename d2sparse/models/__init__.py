@@ -2,7 +2,8 @@
 
 Every layer has an explicit name, so parameter paths such as
 `"stage1_block1/conv1/kernel"` are part of the interface. A layer that a norm follows
-has no bias.
+has no bias. Activation functions are layers too, without parameters: `taps` reads and
+replaces what goes through any layer.
 """
 
 import difflib

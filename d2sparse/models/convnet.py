@@ -6,7 +6,7 @@ import jax
 from flax import linen as nn
 
 from d2sparse.models.base import Model, from_linen
-from d2sparse.models.layers import check_images, conv, dense, positive_int
+from d2sparse.models.layers import ReLU, check_images, conv, dense, positive_int
 
 
 class ConvNet(nn.Module):
@@ -33,7 +33,7 @@ class ConvNet(nn.Module):
         ):
             x = conv(channels, 3, stride=2, name=f"conv{index}")(x)
             x = nn.GroupNorm(groups, epsilon=1e-5, name=f"norm{index}")(x)
-            x = nn.relu(x)
+            x = ReLU(name=f"relu{index}")(x)
         return dense(self.num_classes, name="head")(x.mean(axis=(1, 2)))
 
 

@@ -86,6 +86,21 @@ def batch_norm(*, train: bool, name: str) -> nn.BatchNorm:
     )
 
 
+class ReLU(nn.Module):
+    """The rectifier as a layer with a name, at which `taps` can read and replace it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> ReLU(name="relu1").apply({}, jnp.array([-1.0, 2.0])).tolist()
+      [0.0, 2.0]
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The positive part, of the shape of the input."""
+        return nn.relu(x)
+
+
 def check_images(x: jax.Array) -> None:
     """Raises unless `x` is a batch of images.
 

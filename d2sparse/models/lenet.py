@@ -6,6 +6,7 @@ from flax import linen as nn
 from d2sparse.models.base import Model, from_linen
 from d2sparse.models.layers import (
     KAIMING_FAN_OUT,
+    ReLU,
     check_images,
     dense,
     positive_int,
@@ -47,8 +48,10 @@ class LeNet5(nn.Module):
                 kernel_init=KAIMING_FAN_OUT,
                 name=f"conv{index}",
             )(x)
-            x = nn.max_pool(nn.relu(x), (2, 2), strides=(2, 2))
-        x = nn.relu(dense(self.hidden, name="dense1")(x.reshape(x.shape[0], -1)))
+            x = ReLU(name=f"relu{index}")(x)
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = dense(self.hidden, name="dense1")(x.reshape(x.shape[0], -1))
+        x = ReLU(name="relu3")(x)
         return dense(self.num_classes, name="head")(x)
 
 

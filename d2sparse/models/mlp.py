@@ -4,14 +4,15 @@ import jax
 from flax import linen as nn
 
 from d2sparse.models.base import Model, from_linen
-from d2sparse.models.layers import dense, positive_int, scaled_size
+from d2sparse.models.layers import ReLU, dense, positive_int, scaled_size
 
 
 class MLP(nn.Module):
     """ReLU perceptron on the flattened input.
 
     Attributes:
-      hidden: sizes of the hidden layers `dense1`, `dense2`, ...
+      hidden: sizes of the hidden layers `dense1`, `dense2`, ..., followed by `relu1`,
+        `relu2`, ...
       num_classes: size of the linear layer `head`.
     """
 
@@ -29,7 +30,8 @@ class MLP(nn.Module):
             )
         x = x.reshape(x.shape[0], -1)
         for index, size in enumerate(self.hidden, start=1):
-            x = nn.relu(dense(size, name=f"dense{index}")(x))
+            x = dense(size, name=f"dense{index}")(x)
+            x = ReLU(name=f"relu{index}")(x)
         return dense(self.num_classes, name="head")(x)
 
 

@@ -12,7 +12,14 @@ import jax
 from flax import linen as nn
 
 from d2sparse.models.base import Model, from_linen
-from d2sparse.models.layers import batch_norm, check_images, conv, dense, positive_int
+from d2sparse.models.layers import (
+    ReLU,
+    batch_norm,
+    check_images,
+    conv,
+    dense,
+    positive_int,
+)
 
 Stem = Literal["cifar", "imagenet"]
 
@@ -32,10 +39,11 @@ class BasicBlock(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Features float[batch, height, width, in] to float[..., channels]."""
         y = conv(self.channels, 3, stride=self.stride, name="conv1")(x)
-        y = nn.relu(batch_norm(train=train, name="norm1")(y))
+        y = ReLU(name="relu1")(batch_norm(train=train, name="norm1")(y))
         y = conv(self.channels, 3, name="conv2")(y)
         y = batch_norm(train=train, name="norm2")(y)
-        return nn.relu(y + _shortcut(x, self.channels, self.stride, train))
+        y = y + _shortcut(x, self.channels, self.stride, train)
+        return ReLU(name="relu2")(y)
 
 
 class Bottleneck(nn.Module):
@@ -57,12 +65,13 @@ class Bottleneck(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Features float[batch, height, width, in] to float[..., 4 * channels]."""
         y = conv(self.channels, 1, name="conv1")(x)
-        y = nn.relu(batch_norm(train=train, name="norm1")(y))
+        y = ReLU(name="relu1")(batch_norm(train=train, name="norm1")(y))
         y = conv(self.channels, 3, stride=self.stride, name="conv2")(y)
-        y = nn.relu(batch_norm(train=train, name="norm2")(y))
+        y = ReLU(name="relu2")(batch_norm(train=train, name="norm2")(y))
         y = conv(4 * self.channels, 1, name="conv3")(y)
         y = batch_norm(train=train, name="norm3")(y)
-        return nn.relu(y + _shortcut(x, 4 * self.channels, self.stride, train))
+        y = y + _shortcut(x, 4 * self.channels, self.stride, train)
+        return ReLU(name="relu3")(y)
 
 
 def _shortcut(x: jax.Array, channels: int, stride: int, train: bool) -> jax.Array:
@@ -99,7 +108,7 @@ class ResNet(nn.Module):
         check_images(x)
         size, stride = (7, 2) if self.stem == "imagenet" else (3, self.stem_stride)
         x = conv(self.width, size, stride=stride, name="stem_conv")(x)
-        x = nn.relu(batch_norm(train=train, name="stem_norm")(x))
+        x = ReLU(name="stem_relu")(batch_norm(train=train, name="stem_norm")(x))
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, depth in enumerate(self.depths, start=1):

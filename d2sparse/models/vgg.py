@@ -4,7 +4,14 @@ import jax
 from flax import linen as nn
 
 from d2sparse.models.base import Model, from_linen
-from d2sparse.models.layers import batch_norm, check_images, conv, dense, positive_int
+from d2sparse.models.layers import (
+    ReLU,
+    batch_norm,
+    check_images,
+    conv,
+    dense,
+    positive_int,
+)
 
 # Channels of the five stages in multiples of the width (64, 128, 256, 512, 512).
 _MULTIPLES = (1, 2, 4, 8, 8)
@@ -32,7 +39,7 @@ class VGG(nn.Module):
             for index in range(1, depth + 1):
                 x = conv(channels, 3, name=f"stage{stage}_conv{index}")(x)
                 x = batch_norm(train=train, name=f"stage{stage}_norm{index}")(x)
-                x = nn.relu(x)
+                x = ReLU(name=f"stage{stage}_relu{index}")(x)
             # Padded so that five halvings of fewer than 32 pixels do not end at 0.
             x = nn.max_pool(x, (2, 2), strides=(2, 2), padding="SAME")
         return dense(self.num_classes, name="head")(x.mean(axis=(1, 2)))

@@ -3,11 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from d2sparse.checks import optional
-
-with optional(__name__):
-    from tabulate import tabulate
-
 
 def markdown_table(
     rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
@@ -16,10 +11,10 @@ def markdown_table(
 
     >>> rows = [{"method": "RigL", "size": 2660}, {"method": "dense", "size": 26610}]
     >>> print(markdown_table(rows, {"method": "method", "size": "non-zeros"}))
-    | method   |   non-zeros |
-    |:---------|------------:|
-    | RigL     |        2660 |
-    | dense    |       26610 |
+    | method | non-zeros |
+    | :----- | --------: |
+    | RigL   |      2660 |
+    | dense  |     26610 |
 
     Args:
       rows: cells by key, printed with `str`; a key may be absent.
@@ -30,11 +25,13 @@ def markdown_table(
       The table, without a newline at its end.
     """
     cells = [[str(row.get(key, "")) for key in columns] for row in rows]
-    align = ["left", *["right"] * (len(columns) - 1)]
-    return tabulate(
-        [list(columns.values()), *cells],
-        headers="firstrow",
-        tablefmt="pipe",
-        colalign=align,
-        disable_numparse=True,
+    lines = [list(columns.values()), *cells]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (n - 1) + ":" for n in widths[1:])]
+    padded = [
+        [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]
+        for line in lines
+    ]
+    return "\n".join(
+        f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:])
     )

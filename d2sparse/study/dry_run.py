@@ -72,7 +72,7 @@ def _describe(config: Config, plan: Plan, data: Data) -> dict[str, Any]:
     masks = jax.device_get(first.training.masks(progress.state))
     steps = _count_steps(plan)
     batch = plan.config.batch_size
-    memory = train.estimate_memory(first.run, progress.state, data, batch)
+    memory = train.estimate_memory(_one_step(first), progress.state, data, batch)
     size = tree.size(progress.state.params)
     macs = _mean_cost(first, progress, data) * steps / plan.dense_training_macs
     compiling, each = _time_steps(first, progress, data)
@@ -86,6 +86,12 @@ def _describe(config: Config, plan: Plan, data: Data) -> dict[str, Any]:
         "memory": memory,
         "seconds": compiling + config.seeds * steps * each,
     }
+
+
+def _one_step(program: Program) -> Any:
+    """A runner of one step that can be traced on any backend."""
+    step = train.make_step(program.training)
+    return lambda state, data, indices: step(state, data, indices[0])
 
 
 def _count_steps(plan: Plan) -> int:

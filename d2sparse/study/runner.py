@@ -21,6 +21,7 @@ from d2sparse.train import Program, Progress, TrainState
 
 _SHARE = 0.8  # Part of the memory that runs may take.
 _MOST = 64  # Runs at once, where there is room for more.
+_PROGRAMS = 32  # That are kept compiled at once.
 
 
 class Finished(TypedDict):
@@ -95,13 +96,16 @@ def run_plans(runner: Runner, plans: Sequence[Plan]) -> None:
 
     SIGINT and SIGTERM let the runs that are being trained save their states. On CPU
     runs are trained one by one, seed by seed, so that methods can be compared early; on
-    accelerators as many runs of one program at once as fit into the memory.
+    accelerators as many runs of one program at once as fit into the memory. Of many
+    programs, some are trained with all seeds before others are compiled.
 
     Raises:
       KeyboardInterrupt: a signal has ended the run.
     """
     config, out = runner.config, runner.out
     every = [(plan, seed) for seed in range(config.seeds) for plan in plans]
+    parts = _parts(plans)
+    every.sort(key=lambda run: parts[id(run[0].program)])
     missing = [run for run in every if out.finished(unit_of(*run)) is None]
     done, total = len(every) - len(missing), len(every)
     with (
@@ -115,9 +119,15 @@ def run_plans(runner: Runner, plans: Sequence[Plan]) -> None:
             display.note(text)
             agreed.ask()  # Here all processes are at the same step.
 
-        for group in _groups(config, missing):
+        groups = _groups(config, missing)
+        last = parts[id(groups[0][0][0].program)] if groups else 0
+        for group in groups:
             if agreed():
                 raise KeyboardInterrupt
+            part = parts[id(group[0][0].program)]
+            if part != last:
+                jax.clear_caches()
+            last = part
             _train_group(runner, group, note, agreed)
             for plan, seed in group:
                 unit = unit_of(plan, seed)
@@ -133,6 +143,16 @@ def unit_of(plan: Plan, seed: int) -> records.Unit:
 def judged(config: Config) -> str:
     """What the numbers were measured on."""
     return "validation" if config.validation_fraction else "test"
+
+
+def _parts(plans: Sequence[Plan]) -> dict[int, int]:
+    """Numbers of parts, by program; those of one part are kept compiled together.
+
+    A process that keeps thousands of compiled functions has no room left in its table
+    of memory maps.
+    """
+    programs = dict.fromkeys(id(plan.program) for plan in plans)
+    return {program: number // _PROGRAMS for number, program in enumerate(programs)}
 
 
 def _groups(
@@ -167,7 +187,7 @@ def _train_group(
 
     def begin(plan: Plan, seed: int) -> tuple[_Member, Progress]:
         tracker = Tracker(
-            unit_of(plan, seed), runner.config, runner.out, note, interrupted
+            unit_of(plan, seed), plan.config, runner.out, note, interrupted
         )
         splits = runner.draw_splits(plan.config, seed)
         names = plan.program.training.settings

@@ -55,6 +55,11 @@ def table_of(
     if "zeros" in titles:  # Beside the name of the method.
         order = ["method", *given, "zeros"]
         titles = {name: titles[name] for name in dict.fromkeys([*order, *titles])}
+    return titled_table(rows, titles)
+
+
+def titled_table(rows: "pd.DataFrame", titles: Mapping[str, str]) -> str:
+    """The columns of a summary that have titles, as a table in Markdown."""
     cells = [_cells(row, titles) for row in rows.to_dict("records")]
     return records.markdown_table(cells, titles)
 

@@ -136,7 +136,7 @@ def rehearse(program: Program, like: Data) -> None:
         outputs, _ = training.model.apply(params, model_state, x, train=True)
         context = train.Context(params, model_state, jnp.int32(0), settings, x)
         rate = training.rate(training.settings["learning_rate"], training.horizon)
-        training.transform(rate, training.settings, 0).init(params)
+        training.transform(rate, training.settings, key).init(params)
         return training.loss(outputs, example, context)[0]
 
     jax.eval_shape(first_loss, like)

@@ -28,7 +28,7 @@ from d2sparse.train.loops import Indices, Logs, Report, Runner, Save, fit, make_
 from d2sparse.train.memory import estimate_memory
 from d2sparse.train.optimizers import make_optimizer
 from d2sparse.train.plain import SCHEDULES, Recipe, describe, init_training, plain
-from d2sparse.train.program import Program, make_program
+from d2sparse.train.program import Program, make_program, make_step
 from d2sparse.train.runs import RUNS, is_stacked, stack_runs, unstack_runs
 from d2sparse.train.state import (
     Data,
@@ -136,6 +136,7 @@ __all__ = [
     "make_program",
     "make_runner",
     "make_statistics",
+    "make_step",
     "make_taught_loss",
     "make_train_step",
     "place",

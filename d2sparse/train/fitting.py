@@ -143,6 +143,11 @@ def _take_steps(
             own = {k: [_of(v, i) for v in values] for k, values in logs.items()}
             watches[i].save(progress, own)
 
+    def batches(state: TrainState, steps: int) -> Any:
+        assert phase.batches is not None
+        rows = [phase.batches(own, data[i], steps) for i, own in each(state)]
+        return rows[0] if alone else np.stack(rows, axis=1)
+
     states = [progress.state for progress in runs]
     pending = [watch.logs for watch in watches]
     end = take_steps(
@@ -157,7 +162,7 @@ def _take_steps(
         save_every=first.save_every,
         logs=pending[0] if alone else _merged(pending),
         interrupted=first.interrupted,
-        indices=phase.indices,
+        indices=None if phase.batches is None else batches,
     )
     return split(end)
 

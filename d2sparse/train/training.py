@@ -74,8 +74,9 @@ class Phase(NamedTuple):
         structure of the progress, unless the phase is of another training than the one
         before it: then it may change it, and `jax.eval_shape` has to be able to trace
         it. It ends the whole training where it returns `end(progress)`.
-      indices: `(state, steps) -> int32[steps, batch]`, the examples of the next steps;
-        None for all data in epochs.
+      batches: `(progress, data, steps) -> int32[steps, batch]`, the examples of the
+        next steps; None for all data in epochs. It runs on the host, for one run, whose
+        state it must not keep.
       training: whose steps these are; None for the training the phase belongs to.
       title: where it is set, such as "round 3", the network is judged at the end of the
         phase and has a row of its own in the results.
@@ -83,7 +84,7 @@ class Phase(NamedTuple):
 
     stop: int
     enter: Enter = stay
-    indices: Callable[[TrainState, int], jax.Array] | None = None
+    batches: Callable[[Progress, Data, int], Any] | None = None
     training: "Training | None" = None
     title: str = ""
 

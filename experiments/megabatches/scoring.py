@@ -11,14 +11,11 @@ import numpy as np
 from d2sparse import macs, scores, train, tree
 from d2sparse.losses import cross_entropy
 from d2sparse.masks import apply_masks
+from d2sparse.models import taps
 from d2sparse.scores import Score
 from d2sparse.train import Data, TrainState
 from d2sparse.tree import PyTree
-from experiments.recipes.scored import (
-    SYNFLOW_ITERATIONS,
-    kernel_inputs,
-    make_logits,
-)
+from experiments.recipes.scored import SYNFLOW_ITERATIONS, make_logits
 from experiments.task import Task
 
 _GRADIENTS: dict[str, Score] = {
@@ -134,7 +131,8 @@ def _score_on(
         return scores.grasp(make_logits(task, state, train=True), [batch])
     if criterion == "fisher":
         return scores.fisher(make_logits(task, state, train=False), [batch])
-    return scores.wanda(kernel_inputs(task.model, live, state.model_state, x))
+    _, tapped = taps.read(task.model.apply)(live, state.model_state, x, train=False)
+    return scores.wanda({f"{path}/kernel": tap.input for path, tap in tapped.items()})
 
 
 def _sum_over_batches(

@@ -8,13 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from d2sparse import distributions, lottery, masks, rules, scores, train
-from d2sparse.constraints.scored import (
-    SYNFLOW_ITERATIONS,
-    kernel_inputs,
-    per_output,
-)
+from d2sparse.constraints.scored import SYNFLOW_ITERATIONS, per_output
 from d2sparse.losses import cross_entropy
 from d2sparse.masks import dense_masks
+from d2sparse.models import taps
 from d2sparse.scores import Score
 from d2sparse.train import Data, TrainState
 from d2sparse.transforms import get_masks
@@ -84,7 +81,9 @@ def after_training(task: Task, options: Options, shared: Shared) -> Makers:
 
         def pruned(state: TrainState, data: Data) -> TrainState:
             x = train.inputs(_sample(state, data, options.score_samples))
-            inputs = kernel_inputs(task.model, state.params, state.model_state, x)
+            read = taps.read(task.model.apply)
+            _, tapped = read(state.params, state.model_state, x, train=False)
+            inputs = {f"{path}/kernel": tap.input for path, tap in tapped.items()}
             check_finite(inputs, "activations", state)
             rule = rules.one_shot(task.sparsity, scores.wanda(inputs), **own)
             return lottery.rewind(state, _prune_once(state, rule))
