@@ -403,9 +403,8 @@ def test_the_body_is_all_but_the_first_layer_and_the_head(name, first):
 
 @pytest.mark.parametrize("name", ["gradual", "static", "top_kast", "sr_ste", "wanda"])
 def test_no_method_prunes_the_ends_of_a_body(name):
-    flags = {} if name == "sr_ste" else {"sparsity": 0.5}
     group = {"group": 2} if name == "sr_ste" else {}
-    plan, _, end = learned(name, prunable="body", **flags, **group)
+    plan, _, end = learned(name, prunable="body", sparsity=0.5, **group)
     density = {path: mask.mean() for path, mask in live(plan, end).items()}
     assert density == {"dense1/kernel": 1, "dense2/kernel": 0.5, "head/kernel": 1}
 

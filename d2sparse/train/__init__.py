@@ -21,7 +21,7 @@ from d2sparse.train.devices import (
     place,
 )
 from d2sparse.train.evaluation import evaluate, make_predict, make_statistics
-from d2sparse.train.faults import failure, guard, has_failed, last_good
+from d2sparse.train.faults import check_finite, failure, guard, has_failed, last_good
 from d2sparse.train.fitting import Watch, fit_together
 from d2sparse.train.fitting import fit as fit_phases
 from d2sparse.train.loops import Indices, Logs, Report, Runner, Save, fit, make_runner
@@ -104,6 +104,7 @@ __all__ = [
     "apart",
     "bring",
     "check_batch",
+    "check_finite",
     "claim",
     "constrain",
     "describe",
