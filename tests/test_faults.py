@@ -14,6 +14,7 @@ from d2sparse.data import Split
 from d2sparse.models import from_linen, layers, lenet_300_100
 from d2sparse.rules import rigl
 from d2sparse.schedules import every
+from d2sparse.train.loops import Stretch, take_steps
 from d2sparse.transforms import get_masks, sparsify
 from d2sparse.tree import flatten
 
@@ -125,21 +126,25 @@ def assert_pruned(params, masks):
 
 def in_single_steps(run, state, data, stop):
     """One call of the runner for each step: every stretch is one program."""
-    return train.fit(run, state, data, stop, BATCH, every=1) if stop else state
+    return (
+        take_steps(run, state, data, Stretch(stop, BATCH, every=1)) if stop else state
+    )
 
 
 @pytest.mark.parametrize(("kind", "at"), FAULTS)
 def test_a_fault_stops_the_run_with_the_state_before_it(run, data, kind, at):
     saved = []
     with pytest.raises(FloatingPointError, match=rf"update of step {at} is not"):
-        train.fit(
+        take_steps(
             run,
             begin(data, kind, at),
             data,
-            STEPS,
-            BATCH,
-            every=4,
-            save=lambda state, logs: saved.append((copy(state), logs)),
+            Stretch(
+                STEPS,
+                BATCH,
+                every=4,
+                save=lambda state, logs: saved.append((copy(state), logs)),
+            ),
         )
     (halted, logs), expected = saved[-1], begin(data, kind, at)
     assert len(saved) == 1
@@ -158,14 +163,16 @@ def test_a_fault_stops_the_run_with_the_state_before_it(run, data, kind, at):
 @pytest.mark.parametrize(("kind", "at"), FAULTS)
 def test_a_skipped_fault_leaves_out_one_update(run, data, kind, at):
     reports = []
-    skipping = train.fit(
+    skipping = take_steps(
         run,
         begin(data, kind, at, skip=True),
         data,
-        STEPS,
-        BATCH,
-        every=4,
-        report=lambda step, state, means: reports.append(means),
+        Stretch(
+            STEPS,
+            BATCH,
+            every=4,
+            report=lambda step, state, means: reports.append(means),
+        ),
     )
     assert skipping.faults._asdict() == {"total": 1, "first": at, "skip": True}
     expected, losses = begin(data, kind, at, skip=True), []
@@ -189,17 +196,21 @@ def test_a_skipped_fault_leaves_out_one_update(run, data, kind, at):
 def test_a_run_may_go_on_from_the_last_good_state(run, data):
     saved = []
     with pytest.raises(FloatingPointError):
-        train.fit(
+        take_steps(
             run,
             begin(data, "gradient", 2),
             data,
-            STEPS,
-            BATCH,
-            save=lambda state, logs: saved.append(copy(train.last_good(state))),
+            Stretch(
+                STEPS,
+                BATCH,
+                save=lambda state, logs: saved.append(copy(train.last_good(state))),
+            ),
         )
     healed = saved[0]._replace(settings=begin(data).settings)
-    end = train.fit(run, healed, data, STEPS, BATCH, every=1)
-    assert_same_bits(end, train.fit(run, begin(data), data, STEPS, BATCH, every=1))
+    end = take_steps(run, healed, data, Stretch(STEPS, BATCH, every=1))
+    assert_same_bits(
+        end, take_steps(run, begin(data), data, Stretch(STEPS, BATCH, every=1))
+    )
 
 
 def test_what_has_not_failed_is_its_own_last_good_state(data):
@@ -270,7 +281,7 @@ def test_a_pair_is_guarded_as_a_whole(data, skip):
     expected, _ = program.run(copy(start.state), data, rows[:at])
     kept = copy(expected)
     if skip:
-        end = train.fit_phases(program, start, data).state
+        end = train.fit(program, start, data).state
         faults = end.faults
         assert faults._asdict() == {"total": 1, "first": at, "skip": True}
         expected = expected._replace(step=jnp.int32(at + 1), faults=copy(faults))
@@ -280,5 +291,5 @@ def test_a_pair_is_guarded_as_a_whole(data, skip):
         return
     watch = train.Watch(save=lambda progress, logs: saved.append(copy(progress.state)))
     with pytest.raises(FloatingPointError, match=f"update of step {at} "):
-        train.fit_phases(program, start, data, watch)
+        train.fit(program, start, data, watch)
     assert_same_bits(train.last_good(saved[0]), kept)

@@ -35,7 +35,7 @@ from d2sparse.lottery import Ticket, prune_live, rewind, round_sparsities
 from d2sparse.masks import dense_masks
 from d2sparse.rules import fixed
 from d2sparse.schedules import at
-from d2sparse.train import Watch, constrain, fit_phases, make_program
+from d2sparse.train import Watch, constrain, make_program
 from d2sparse.transforms import (
     average_weights,
     freeze,
@@ -196,7 +196,7 @@ def trained(case, seed=0):
         report=lambda progress, logs: costs.append(logs["macs"]),
         ended=ended,
     )
-    return ends, costs, fit_phases(own, begin(own, seed), images(), watch)
+    return ends, costs, train.fit(own, begin(own, seed), images(), watch)
 
 
 def literal_rounds(case):
@@ -295,7 +295,7 @@ def test_a_training_starts_from_a_ticket_and_does_not_use_it_up():
     assert_close(progress.state.params, pruned)
     assert_close(progress.state.model_state, statistics)
     assert_close(get_masks(progress.state.opt_state), masks)
-    after = fit_phases(own, progress, images()).state
+    after = train.fit(own, progress, images()).state
     assert_close(get_masks(after.opt_state), masks)
     for name in KERNELS:
         assert not arrays(after.params)[name][~masks[name]].any()
