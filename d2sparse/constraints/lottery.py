@@ -51,7 +51,8 @@ def iterative_magnitude(
 
     Every round removes the same part of the live weights, the smallest of all leaves
     together, and trains the others again from their weights of an early step. Every
-    round is a titled phase. From Frankle and Carbin (arXiv 1803.03635, 1912.05671).
+    round is a titled phase; memory["ticket"] is what it is trained from. From Frankle
+    and Carbin (arXiv 1803.03635, 1912.05671).
 
     Args:
       sparsity: fraction of zeros after the last pruning, in [0, 1).
@@ -76,7 +77,7 @@ def iterative_magnitude(
 
     def constrained(training: Training) -> Training:
         def begin(progress: Progress, data: Data) -> Progress:
-            return remember(training.begin(progress, data), "early")
+            return _with_ticket(remember(training.begin(progress, data), "early"))
 
         def prune(
             progress: Progress,
@@ -96,7 +97,9 @@ def iterative_magnitude(
                 jax.random.fold_in(early.key, number),
             )
             kept = state if chosen.what == "learning_rate" else None
-            return progress._replace(state=lottery.rewind(early, masks, kept))
+            return _with_ticket(
+                progress._replace(state=lottery.rewind(early, masks, kept))
+            )
 
         steps, dense = training.horizon, dense_masks(training.network.params)
         wrap = freeze if chosen.frozen else sparsify
@@ -161,4 +164,12 @@ def remember(progress: Progress, name: str) -> Progress:
 
 def _keep_early(progress: Progress, data: Data, program: Program) -> Progress:
     del data, program
-    return remember(progress, "early")
+    return _with_ticket(remember(progress, "early"))
+
+
+def _with_ticket(progress: Progress) -> Progress:
+    """The progress with its weights and masks in the memory, as a ticket."""
+    state = progress.state
+    ticket = Ticket(state.params, state.model_state, get_masks(state.opt_state))
+    copied = jax.tree.map(jnp.copy, ticket)
+    return progress._replace(memory={**progress.memory, "ticket": copied})
