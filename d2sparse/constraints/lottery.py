@@ -1,7 +1,7 @@
 """Lottery tickets: train, prune, take early weights again, and repeat."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,11 @@ def iterative_magnitude(
         raise ValueError(
             f"expected a rewind_fraction in [0, 1), got {chosen.fraction}; 0 rewinds "
             "to the initial weights"
+        )
+    if chosen.what not in get_args(Rewinding):
+        raise ValueError(
+            f"expected rewinding of {', '.join(get_args(Rewinding))}, got "
+            f"{chosen.what!r}"
         )
     sparsities = lottery.round_sparsities(sparsity, rounds)
 
