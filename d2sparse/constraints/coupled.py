@@ -43,6 +43,7 @@ from d2sparse.train import (
     init_state,
     inputs,
     make_program,
+    step_macs,
     take,
 )
 from d2sparse.tree import Prunable
@@ -288,12 +289,21 @@ def _account(two: Dual, plain: Training) -> dict[str, Any]:
             if number == 1 and _consolidates(two):
                 spent += sparse
                 continue
-            spent += 3 * sparse
+            spent += 3 * sparse + further(state, number, t)
             if t.growth_samples:
                 batch = 2 * sparse + network.dense_macs + peer
                 grown = growth_share(t, size) * batch
                 spent += jnp.where(due[number], grown, 0.0)
         return spent
+
+    def further(state: TrainState, number: int, t: Training) -> Any:
+        """What a learner's step costs besides its gradient, such as sharpness."""
+        alone = state._replace(
+            params=state.params[number],
+            model_state=state.model_state[number],
+            opt_state=joint_state(state.opt_state)[number],
+        )
+        return t.cost(t, alone, 0) - step_macs(t, alone)
 
     def two_due(step: jax.Array) -> list[Any]:
         return [False if t.when is None else t.when(step) for t in two]
