@@ -261,17 +261,15 @@ def test_cells_run_alone_join_the_tables(finished, tmp_path):
     alone = in_directory(workdir, methods=("dense",), seeds=1)
     fewer = dataclasses.replace(alone, axes={"samples_per_class": (4,)})
     learn(dataclasses.replace(fewer, label_noise=0.4))
-    learn(dataclasses.replace(alone, label_noise=0.4))
-    learn(dataclasses.replace(alone, imbalance=5.0))
+    learn(dataclasses.replace(alone, label_noise=0.4, imbalance=5.0))
     labels = read(workdir / "summary.json")["labels"]
     assert modified(before) == before
     assert set(labels) == {"4", "5"}
     assert labels["4"]["methods"] == []  # With wrong labels alone.
     assert [row["method"] for row in labels["5"]["methods"]] == list(TABLE_ORDER)
-    columns = {row["condition"]: row for row in labels["5"]["conditions"]}
-    for name in ("40 % wrong labels", "imbalance 5"):
-        row = columns[name]
-        assert (row["method"], row["seeds"]) == ("dense", 1)
+    conditions = {row["condition"]: row for row in labels["5"]["conditions"]}
+    row = conditions["40 % wrong labels, imbalance 5"]
+    assert (row["method"], row["seeds"]) == ("dense", 1)
     text = (workdir / "table.md").read_text()
     assert text.startswith("## 4 labels per class\n\nTest accuracy in % where")
 
@@ -370,9 +368,13 @@ def test_interrupted_in_training_a_run_comes_to_the_same_bits(
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """The directory and the choice of a finished tuning."""
-    workdir = tmp_path_factory.mktemp("runs") / "tuned"
+    workdir, cleared = tmp_path_factory.mktemp("runs") / "tuned", []
     nothing_to_test_on = data.load("digits")._replace(test=None)
-    return workdir, learn(in_directory(workdir, **TUNING), nothing_to_test_on)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "clear_caches", lambda: cleared.append(1))
+        chosen = learn(in_directory(workdir, **TUNING), nothing_to_test_on)
+    assert len(cleared) == len(TUNING["methods"])
+    return workdir, chosen
 
 
 TUNING = {"methods": ("dense", "noisy"), "tune": True, "trials": 2, "tuning_seeds": 2}

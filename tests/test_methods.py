@@ -113,7 +113,7 @@ def learned(name, watch=None, **flags):
     program = (plan := plan_of(name, **flags)).program
     begin = program.init(jax.random.key(0), examples())
     copied = jax.tree.map(jnp.copy, begin.state)
-    end = train.fit_phases(program, begin, examples(), watch)
+    end = train.fit(program, begin, examples(), watch)
     return plan, copied, program.training.finish(end, examples(), program)
 
 
@@ -439,7 +439,7 @@ def test_the_forward_set_of_top_kast_is_part_of_what_is_trained():
 
     watch = train.Watch(every=1, report=report)
     begin = plan.program.init(jax.random.key(0), examples())
-    train.fit_phases(plan.program, begin, examples(), watch)
+    train.fit(plan.program, begin, examples(), watch)
     for (used, before), (_, after) in itertools.pairwise(states):
         changed = {path: before[path] != after[path] for path in used}
         assert not any(np.any(used[path] & ~changed[path]) for path in used)

@@ -40,7 +40,7 @@ from d2sparse.train import (
     Recipe,
     Watch,
     constrain,
-    fit_phases,
+    fit,
     fit_together,
     lasting,
     make_program,
@@ -105,7 +105,7 @@ def learn(made, seed=0, **settings):
         after.append((on_host(progress.state), cost))
 
     watch = Watch(report=report, ended=ended)
-    fit_phases(made, begin(made, seed, **settings), labelled(seed), watch)
+    fit(made, begin(made, seed, **settings), labelled(seed), watch)
     return after
 
 
@@ -198,7 +198,7 @@ def test_scratch_begins_every_stage_anew():
         def begun(progress, kept=kept):
             kept.append(np.array(progress.state.params["head"]["bias"]))
 
-        fit_phases(made, begin(made, 0), labelled(), Watch(begun=begun))
+        fit(made, begin(made, 0), labelled(), Watch(begun=begun))
     first = [not bias.any() for bias in heads["scratch"][::STAGES]]
     assert first == [True] * STAGES
     assert [not bias.any() for bias in heads["dense"][::STAGES]] == [True, False, False]
@@ -300,7 +300,7 @@ def test_a_run_resumes_to_the_bit_between_phases_and_inside(name):
         saved.append((on_host(progress), copied(progress), dict(logs)))
 
     watch = Watch(save_every=1, save=save, begun=lambda progress: save(progress, {}))
-    end = fit_phases(made, begin(made, 1), labelled(1), watch)
+    end = fit(made, begin(made, 1), labelled(1), watch)
     stops = {phase.stop for phase in made.training.phases}
     steps = [int(progress.state.step) for _, progress, _ in saved]
     between = [n for n, step in enumerate(steps) if step in stops]
@@ -308,7 +308,7 @@ def test_a_run_resumes_to_the_bit_between_phases_and_inside(name):
     for number in (*between[1::4], *inside[5::15]):
         known, progress, logs = saved[number]
         assert same(known, progress)
-        again = fit_phases(made, progress, labelled(1), Watch(logs=logs))
+        again = fit(made, progress, labelled(1), Watch(logs=logs))
         assert same(again, end)
 
 
@@ -318,7 +318,7 @@ def test_two_seeds_at_once_are_each_alone():
     each = [labelled(seed) for seed in seeds]
     ends = fit_together(made, both, each, [Watch(), Watch()])
     for seed, end in zip(seeds, ends, strict=True):
-        alone = fit_phases(made, begin(made, seed), labelled(seed))
+        alone = fit(made, begin(made, seed), labelled(seed))
         assert same(get_masks(end.state.opt_state), get_masks(alone.state.opt_state))
         for a, b in zip(
             jax.tree.leaves(end.state.params),
@@ -356,7 +356,7 @@ def test_rates_of_a_run_are_those_of_its_setting():
         rates.append(float(progress.state.settings["learning_rate"]))
 
     run = begin(made, 0, learning_rate=0.02)
-    fit_phases(made, run, labelled(), Watch(begun=begun))
+    fit(made, run, labelled(), Watch(begun=begun))
     # The phase that ends a stage has the rate of its best epoch.
     epochs = [0.02, 0.002]
     for stage in range(STAGES):

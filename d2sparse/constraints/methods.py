@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 from d2sparse import scores
 from d2sparse.constraints import equal_costs, latent, pruning, scored, soups
 from d2sparse.constraints.averaging import averaged
-from d2sparse.constraints.coupled import Learners, coupled, paired
+from d2sparse.constraints.coupled import coupled
 from d2sparse.constraints.distilled import distilled, finished
 from d2sparse.constraints.ensembles import free_tickets
 from d2sparse.constraints.growing import rigl, set_, sparse_momentum, static
 from d2sparse.constraints.lottery import iterative_magnitude, kept
 from d2sparse.constraints.options import Options
+from d2sparse.constraints.paired import Learners, paired
 from d2sparse.dual import Coupling
 from d2sparse.train import Constraint
 

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -71,6 +71,7 @@ class End(NamedTuple):
 
 Examine = Callable[[End], Mapping[str, Any]]
 Settings = Callable[[Plan, int, records.Run], Mapping[str, float]]
+_Group = list[tuple[Plan, int]]  # Runs that one program can train at once.
 
 
 class Runner(NamedTuple):
@@ -105,8 +106,6 @@ def run_plans(runner: Runner, plans: Sequence[Plan]) -> None:
     """
     config, out = runner.config, runner.out
     every = [(plan, seed) for seed in range(config.seeds) for plan in plans]
-    parts = _parts(plans)
-    every.sort(key=lambda run: parts[id(run[0].program)])
     missing = [run for run in every if out.finished(unit_of(*run)) is None]
     done, total = len(every) - len(missing), len(every)
     with (
@@ -120,15 +119,9 @@ def run_plans(runner: Runner, plans: Sequence[Plan]) -> None:
             display.note(text)
             agreed.ask()  # Here all processes are at the same step.
 
-        groups = _groups(config, missing)
-        last = parts[id(groups[0][0][0].program)] if groups else 0
-        for group in groups:
+        for group in _in_parts(_groups(config, missing)):
             if agreed():
                 raise KeyboardInterrupt
-            part = parts[id(group[0][0].program)]
-            if part != last:
-                jax.clear_caches()
-            last = part
             _train_group(runner, group, note, agreed)
             for plan, seed in group:
                 unit = unit_of(plan, seed)
@@ -146,27 +139,32 @@ def judged(config: Config) -> str:
     return "validation" if config.validation_fraction else "test"
 
 
-def _parts(plans: Sequence[Plan]) -> dict[int, int]:
-    """Numbers of parts, by program; those of one part are kept compiled together.
-
-    A process that keeps thousands of compiled functions has no room left in its table
-    of memory maps.
-    """
-    programs = dict.fromkeys(id(plan.program) for plan in plans)
-    return {program: number // _PROGRAMS for number, program in enumerate(programs)}
-
-
-def _groups(
-    config: Config, missing: Sequence[tuple[Plan, int]]
-) -> list[list[tuple[Plan, int]]]:
+def _groups(config: Config, missing: _Group) -> list[_Group]:
     """Runs that one program can train at once."""
     on_cpu = jax.default_backend() == "cpu"
     if config.runs_at_once == 1 or (config.runs_at_once == 0 and on_cpu):
         return [[run] for run in missing]
-    groups: dict[int, list[tuple[Plan, int]]] = {}
+    groups: dict[int, _Group] = {}
     for plan, seed in missing:
         groups.setdefault(id(plan.program), []).append((plan, seed))
     return list(groups.values())
+
+
+def _in_parts(groups: Sequence[_Group]) -> Iterator[_Group]:
+    """Groups in parts of a number of programs, which are dropped before the next part.
+
+    A process that keeps thousands of compiled functions has no room left in its table
+    of memory maps.
+    """
+    programs = dict.fromkeys(id(group[0][0].program) for group in groups)
+    part_of = {program: n // _PROGRAMS for n, program in enumerate(programs)}
+    parts: dict[int, list[_Group]] = {}
+    for group in groups:
+        parts.setdefault(part_of[id(group[0][0].program)], []).append(group)
+    for number, part in enumerate(parts.values()):
+        if number:
+            jax.clear_caches()
+        yield from part
 
 
 class _Member(NamedTuple):

@@ -62,9 +62,10 @@ class Tunable(Config):
     Flags of a comparison whose methods can be tuned before.
     """
 
-    # Choose values for every method and number of labels on a validation part of the
-    # labels, --validation_fraction or a fifth, and write them to tuned.json. Later runs
-    # in the same directory use them.
+    # Part of the labels to validate on, with --tune alone; 0: a fifth.
+    validation_fraction: float = 0.0
+    # Choose values for every method and number of labels on the validation part, and
+    # write them to tuned.json. Later runs in the same directory use them.
     tune: bool = aside(False)
     trials: int = aside(8)  # values that are tried, the same number for every method
     tuning_seeds: int = aside(3)  # runs of every trial
