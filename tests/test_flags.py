@@ -19,14 +19,12 @@ import pytest
 from d2sparse import data, records
 from d2sparse.records import Run
 from experiments import (
-    anytime,
     d2_sparse,
     data_efficient_lth,
     lottery,
     prune,
     units,
 )
-from experiments.megabatches import walks
 from experiments.recipes.options import MaskOptions
 from experiments.splits import draw_splits
 from experiments.task import TaskConfig
@@ -38,14 +36,11 @@ ASIDE = {
     *("runs_at_once", "data_parallel"),  # They divide the work between devices.
 }
 TINY = {"width": 0.1, "steps": 12, "refresh_interval": 3}
-STREAM = {"samples_per_class": 18, "megabatches": 3, "width": 0.1}
 RULES = ("one_shot", "rigl", "granet", "top_kast", "snip", "str", "powerprop")
-LEARNERS = ("app", "rigl", "d2_sparse")
 EXPERIMENTS = {
     "d2_sparse": (d2_sparse.run, d2_sparse.Config(**TINY, shift=0)),
     "prune": (prune.run, prune.Config(**TINY, rules=RULES, sparsities=(0.5,))),
     "lottery": (lottery.run, lottery.Config(width=0.1, rounds=2)),
-    "anytime": (anytime.run, anytime.Config(**STREAM, methods=LEARNERS)),
 }
 # Other values than the next number or the next choice.
 VALUES = {
@@ -66,9 +61,6 @@ VALUES = {
     "group": [2],
     "pattern": ["blocks", "channels"],
     "severities": [(1,)],
-    "first_level": [2.0],
-    "megabatches": [2],
-    "wait": [3],
     "sparsities": [(0.75,)],
     "rules": [("rigl",)],
     "budgets": [(7,)],
@@ -128,7 +120,6 @@ def _walk(value, found, names, seen):
 
 def _parts(value, names):
     if isinstance(value, TaskConfig | MaskOptions):
-        names = names | _read_by(walks)
         return [
             (field.name, getattr(value, field.name))
             for field in dataclasses.fields(value)
@@ -162,8 +153,7 @@ def _content(cell):
 def _read_by(owner, deep=True):
     """Names that occur in a function or a module, and in what a function calls."""
     if isinstance(owner, types.ModuleType):
-        members = [*vars(owner).values(), *vars(walks.Walk).values()]
-        own = [x for x in members if isinstance(x, types.FunctionType)]
+        own = [x for x in vars(owner).values() if isinstance(x, types.FunctionType)]
         return frozenset().union(*(_names(x.__code__) for x in own))
     found = _names(owner.__code__)
     called = [owner.__globals__.get(name) for name in found]
@@ -200,7 +190,7 @@ def others(config, field):
 
 
 # Many programs, or flags that d2_sparse has too.
-SLOW = dict.fromkeys(("anytime", "prune", "lottery"), pytest.mark.slow)
+SLOW = dict.fromkeys(("prune", "lottery"), pytest.mark.slow)
 FLAGS = [
     pytest.param(name, field, marks=SLOW.get(name, ()), id=f"{name}-{field.name}")
     for name, (_, config) in EXPERIMENTS.items()

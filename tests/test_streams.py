@@ -135,6 +135,7 @@ def learn_literally(seed):
     x, y = train.inputs(examples), np.asarray(examples.labels)
     model = models.make_model("lenet_300_100", 10, 0.1)
 
+    @jax.jit
     def logits(params, rows):
         return model.apply(tree.replace(state.params, params), {}, x[rows], train=True)[
             0
@@ -142,37 +143,38 @@ def learn_literally(seed):
 
     @jax.jit
     @jax.grad
-    def gradient(params, rows):
+    def summed(params, rows):
         picked = jax.nn.one_hot(jnp.asarray(y)[rows], 10)
         return -jnp.sum(picked * jax.nn.log_softmax(logits(params, rows)))
 
-    params, after = tree.flatten(state.params), []
+    def gradient(params, rows):
+        return jax.device_get(summed(params, rows))
+
+    params, after = jax.device_get(tree.flatten(state.params)), []
     masks = {path: leaf == leaf for path, leaf in params.items()}
     kernels = [path for path in params if path.endswith("kernel")]
     for stage, (seen, held_out) in enumerate(table.visible):
         grads = gradient(params, arrivals.sample_of(STREAM, table, state, stage))
-        scores = {
-            p: jnp.where(masks[p], abs(params[p] * grads[p]), -1) for p in kernels
-        }
+        scores = {p: np.where(masks[p], abs(params[p] * grads[p]), -1) for p in kernels}
         every = np.sort(np.concatenate([np.ravel(scores[path]) for path in kernels]))
         least = every[-round(STREAM.densities[stage] * every.size)]
         masks |= {path: scores[path] >= least for path in kernels}
         params = {path: leaf * masks[path] for path, leaf in params.items()}
-        moments, best = dict.fromkeys(params, 0.0), (-1.0, params)
+        moments, best = dict.fromkeys(params, np.float32(0)), (-1.0, params)
         steps = len(seen) // 8
-        for epoch, rate in enumerate((0.05, 0.005)):
+        for epoch, rate in enumerate(np.float32([0.05, 0.005])):
             order = data.epoch_batches(seen, epoch * steps, steps, 8, (seed, stage))
             for rows in order:
                 grads = gradient(params, rows)
                 for path, leaf in params.items():
-                    decay = 5e-4 * leaf if path in kernels else 0.0
-                    slope = (grads[path] / 8 + decay) * masks[path]
-                    moments[path] = 0.9 * moments[path] + slope
+                    decay = np.float32(5e-4 * (path in kernels)) * leaf
+                    slope = (grads[path] / np.float32(8) + decay) * masks[path]
+                    moments[path] = np.float32(0.9) * moments[path] + slope
                 params = {p: leaf - rate * moments[p] for p, leaf in params.items()}
             accuracy = np.mean(np.argmax(logits(params, held_out), 1) == y[held_out])
             best = (accuracy, params) if accuracy > best[0] else best
         params = best[1]
-        after.append((params, masks | {}))
+        after.append((params, dict(masks)))
     return after
 
 
