@@ -311,7 +311,7 @@ def _how_many(config: Config, member: _Member, progress: Progress, left: int) ->
     if left == 1 or config.runs_at_once:
         return config.runs_at_once or 1
     need = train.estimate_memory(
-        member.plan.program.run,
+        member.plan.program.of(int(progress.phase)).run,
         progress.state,
         member.splits.train,
         config.batch_size,
