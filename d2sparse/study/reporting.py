@@ -101,9 +101,10 @@ def write(
     summary = {"config": config, **results, "failed": failed}
     out.write_summary(summary)
     out.write_text("table.md", table + "\n")
-    console = Console(soft_wrap=True)
-    console.print(table, highlight=False, markup=False)
-    console.print(f"\nEverything is in {out.workdir}", highlight=False)
+    if out.writes:
+        console = Console(soft_wrap=True)
+        console.print(table, highlight=False, markup=False)
+        console.print(f"\nEverything is in {out.workdir}", highlight=False)
     return summary
 
 

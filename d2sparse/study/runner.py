@@ -215,9 +215,7 @@ def _train_together(runner: Runner, group: Sequence[tuple[_Member, Progress]]) -
         for member in members:
             member.tracker.wait()
     for number, member in enumerate(members):
-        unit, why = member.tracker.unit, failure or member.tracker.failure
-        if not why and train.has_failed(ends[number].state):
-            why = train.failure(ends[number].state)
+        unit, why = member.tracker.unit, member.tracker.account.failure or failure
         try:
             results = {} if why else _results(runner, member, ends[number], "")
         except FloatingPointError as error:
@@ -225,9 +223,13 @@ def _train_together(runner: Runner, group: Sequence[tuple[_Member, Progress]]) -
         if why:
             runner.out.fail(unit, why)
         else:
-            shared = {"seconds": results["seconds"] / len(members)}
-            parts = {"parts": member.tracker.account.parts}
-            runner.out.finish(unit, {**results, **shared, **parts})
+            parts = [_share(part, members) for part in member.tracker.account.parts]
+            runner.out.finish(unit, {**_share(results, members), "parts": parts})
+
+
+def _share(results: Mapping[str, Any], members: Sequence[_Member]) -> dict[str, Any]:
+    """Results with a run's part of the time that its group has taken."""
+    return {**results, "seconds": results["seconds"] / len(members)}
 
 
 def _measure(member: _Member, progress: Progress) -> dict[str, Any]:
@@ -278,7 +280,7 @@ def _how_many(config: Config, member: _Member, progress: Progress, left: int) ->
     if left == 1 or config.runs_at_once:
         return config.runs_at_once or 1
     need = train.estimate_memory(
-        member.plan.program.run,
+        member.plan.program.of(int(progress.phase)).run,
         progress.state,
         member.splits.train,
         config.batch_size,
