@@ -14,13 +14,13 @@ import numpy as np
 import optax
 
 from d2sparse import train
+from d2sparse.constraints import Moves, rigl
 from d2sparse.data import load, sources
 from d2sparse.models import Model
 from d2sparse.rules import rigl
 from d2sparse.schedules import every
 from d2sparse.transforms import get_masks, sparsify
 from d2sparse.tree import flatten
-from experiments import processes
 
 STEPS, BATCH = 6, 8
 

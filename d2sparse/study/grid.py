@@ -172,7 +172,7 @@ def flags_used(rows: Iterable[Method], options: Options) -> set[str]:
         row.constraints(recorder)
         used |= recorder.read | row.sets.keys()
         if len(sets) < len(row.sets):  # Functions of what a sparse network costs.
-            used |= {"sparsity", "rewind_fraction"}
+            used.add("sparsity")
     return used
 
 

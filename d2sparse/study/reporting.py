@@ -64,9 +64,9 @@ def report(comparison: Comparison) -> dict[str, Any]:
 def summary_rows(comparison: Comparison) -> "pd.DataFrame":
     """The summary with differences to the references, in the order of the plans."""
     runs, by = comparison.runs, ["method", *comparison.axes]
-    if not len(runs):
-        return pd.DataFrame(columns=["method"])
     rows = summarise(runs, by)
+    if not len(rows):
+        return rows
     by = [name for name in by if name in rows.columns]
     for reference in comparison.references:
         if set(runs["method"]) > {reference}:
