@@ -66,7 +66,7 @@ bench: env
 	@$(BIN)/python -m experiments.benchmark
 
 RESNETS := --dataset=cifar10 --data_dir=$(DATA) --shift=4 --flip --batch_size=100 \
-  --steps=1500 --budgets=50,500 --seeds=3 --imp_rounds=3 \
+  --steps=1500 --samples_per_class=50,500 --seeds=3 --rounds=3 \
   --methods=dense,rigl,imp,uncoupled_annealed,uncoupled_averaged,d2_sparse
 
 resnets: env

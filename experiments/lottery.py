@@ -21,7 +21,6 @@ from typing import Any
 import pandas as pd
 
 from d2sparse import study
-from d2sparse.lottery import Ticket
 from d2sparse.study import cli, reporting
 from d2sparse.transforms import get_masks
 
@@ -56,8 +55,7 @@ def keep_ticket(end: study.End) -> Mapping[str, Any]:
     pruned = 1 - study.live_weights(network, masks) / network.weights
     if not end.title or end.plan.row.method == "rise" or not end.out.writes:
         return {"pruned": pruned}
-    early = end.progress.memory["early"]
-    ticket = Ticket(early.params, early.model_state, masks)
+    ticket = end.progress.memory["ticket"]
     name = f"{end.plan.row.name}-seed{end.seed}"
     place = end.out.workdir / "tickets" / name / end.title.replace(" ", "")
     shutil.rmtree(place, ignore_errors=True)  # Of an interrupted attempt.
@@ -67,15 +65,19 @@ def keep_ticket(end: study.End) -> Mapping[str, Any]:
 def report(comparison: study.Comparison) -> dict[str, Any]:
     """Writes summary, table and figures; a row of the table is a round."""
     rounds = study.read_runs(comparison.out, parts=True)
-    rounds = rounds.assign(zeros=rounds["pruned"]) if len(rounds) else rounds
-    by = ["method", *comparison.axes, "title"]
+    if not len(rounds):
+        return study.report(comparison)
+    number = rounds["title"].str.removeprefix("round ")
+    rounds = rounds.assign(zeros=rounds["pruned"], round=number)
+    by = ["method", *comparison.axes, "round"]
     rows = study.summarise(rounds, by)
-    references = {"round 0": {"title": "round 0"}, "random": {"score": "random"}}
+    references = {"dense": {"round": "0"}, "random": {"score": "random"}}
     for name, values in references.items():
         if values.keys() <= set(rounds.columns):
             rows = study.with_difference(rows, rounds, name, values, by)
-    axes = [*comparison.axes, "title", "sparsity"]
-    table = study.table_of(rows, axes, tuple(references))
+    axes = [*comparison.axes, "round", "sparsity"]
+    columns = ("nll", "nonzeros", "relative_macs")
+    table = study.table_of(rows, axes, tuple(references), columns)
     heading = reporting.heading_of(comparison.config)
     results = {"rows": rows.to_dict("records")}
     summary = reporting.write(comparison, results, heading + table)

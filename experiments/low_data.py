@@ -3,76 +3,102 @@
 Dense networks (also shorter, narrower, smoothed, averaged, sharpness-aware and born
 again), pruning before, in and after training, sparse training, and pairs of sparse
 networks with one network's weights between them. All methods of a seed see the same
-labels. One table for every budget: mean and standard error on the test set, paired
-differences to RigL, iterative pruning and the dense network, calibration, stored
-numbers and costs; a second one for corrupted images, wrong labels and long tails.
+labels. Tables for every number of labels: mean and standard error on the test set,
+calibration, stored numbers and costs; paired differences to RigL, iterative pruning,
+the dense network and uncoupled pairs; corrupted images, wrong labels and long tails;
+and images outside of labels and test set, to choose designs by.
 
-With --tune every method gets as many trials on a validation part of the labels; later
-runs in the same directory use what won, and read the test set once. Any cell can be run
-alone, by --methods, --budgets and --seeds, and joins the tables of its directory.
+With --tune every method gets the same number of trials on a validation part of the
+labels; later runs in the same directory use the values that won, and read the test set
+once. Any cell can be run alone, by --methods, --samples_per_class, --label_noise,
+--imbalance and --seeds, and joins the tables of its directory.
 
     python -m experiments.low_data
-    python -m experiments.low_data --workdir=RUN --tune --budgets=10,50
-    python -m experiments.low_data --workdir=RUN --budgets=10,50 --label_noises=0.2,0.4
-    python -m experiments.low_data --workdir=RUN --methods=rigl --budgets=50 --seeds=10
+    python -m experiments.low_data --workdir=RUN --tune
+    python -m experiments.low_data --workdir=RUN --label_noise=0,0.2,0.4
+    python -m experiments.low_data --workdir=RUN --imbalance=10 --samples_per_class=50
+    python -m experiments.low_data --workdir=RUN --methods=rigl --seeds=10
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from d2sparse import data, records
-from d2sparse.train import TrainState
-from experiments import cli, results, units
-from experiments.few_labels import tuning
-from experiments.few_labels.cells import Cell, list_settings
-from experiments.few_labels.judging import look_closer
-from experiments.few_labels.options import LowDataOptions, check_low_data
-from experiments.few_labels.plans import Plan, Planner, check_recorded, run_plans
-from experiments.few_labels.report import report
-from experiments.task import default_workdir
+from d2sparse import data, study
+from d2sparse.constraints import METHODS, Method
+from d2sparse.data import Source
+from d2sparse.study import cli, labels, robustness, tuned, tuning
+
+LEARNED = (
+    *("dense", "dense_short", "dense_narrow", "dense_smoothed", "dense_averaged"),
+    *("dense_sharp", "self_distilled", "one_shot", "snip", "grasp", "synflow"),
+    *("static", "set", "rigl", "rigl_averaged", "rigl_half", "granet", "imp"),
+    *("imp_capped", "dense_mutual", "uncoupled_annealed", "uncoupled_averaged"),
+    *("free_tickets", "d2_sparse", "d2_annealed", "d2_views", "d2_confident"),
+    *("d2_sharp", "d2_consolidated", "d2_distilled", "d2_merged"),
+    *("d2_averaged_views", "d2_averaged_sharp", "d2_averaged_distilled"),
+)
+
+
+def _axes() -> dict[str, tuple[Any, ...]]:
+    return {"samples_per_class": (10, 50), "label_noise": (0.0,), "imbalance": (1.0,)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(LowDataOptions):
-    """Flags of the experiment."""
+class Config(tuning.Tunable):
+    """What is compared.
 
-
-def run(config: Config) -> dict[str, Any]:
-    """Tunes, or runs what is not finished yet and reports on all of the directory.
-
-    Returns:
-      The summary, as in summary.json; of a tuning, the chosen values.
-
-    Raises:
-      ValueError: something in the configuration cannot be done.
+    Flags that are not compared choose cells: the same directory takes them all.
     """
-    check_low_data(config)
-    source = data.load(config.dataset, config.data_dir)
-    workdir = config.workdir or default_workdir("low_data", config)
+
+    methods: tuple[study.MethodName, ...] = study.aside(LEARNED)  # what to compare
+    # Training labels of every class, with tables for each number; 0 for all.
+    samples_per_class: int = study.aside(10)
+    # Part of the training labels that are wrong; 0 in the tables of quality.
+    label_noise: float = study.aside(0.0)
+    # Long tail: how many times more labels the largest class has, which has those of
+    # --samples_per_class, than the smallest; 1 in the tables of quality.
+    imbalance: float = study.aside(1.0)
+    seeds: int = study.aside(5)  # runs of every cell: labels, weights and order differ
+    # From 1, slight, to 5: of the corruptions of the test images.
+    severities: tuple[int, ...] = (3,)
+    axes: Mapping[str, tuple[Any, ...]] = dataclasses.field(
+        default_factory=_axes, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses severities and axes that there are no tables for."""
+        super().__post_init__()
+        for severity in self.severities:
+            if severity not in range(1, 6):
+                raise ValueError(f"expected severities from 1 to 5, got {severity}")
+        for name in self.axes.keys() - {*robustness.SETTINGS, "trial"}:
+            raise ValueError(
+                f"expected axes of {', '.join(robustness.SETTINGS)}, got {name}; give "
+                "each value of it a --workdir"
+            )
+
+
+def run(
+    config: Config,
+    source: Source | None = None,
+    methods: Mapping[str, Method] = METHODS,
+) -> Any:
+    """Tunes and returns the chosen values, or compares and returns a row a run."""
+    source = source or data.load(config.dataset, config.data_dir)
+    experiment = study.Experiment(
+        "low_data",
+        ("rigl", "imp", "dense", "uncoupled_averaged"),
+        methods=methods,
+        examine=lambda end: robustness.examine(end, config.severities),
+        report=labels.report,
+    )
     if config.tune:
-        return tuning.tune(config, source, workdir)
-    tuned, planned = tuning.read_tuned(workdir, config.tuned), []
-    for setting in list_settings(config):
-        planner = Planner(config, source, setting)
-        cells = [Cell(method, setting) for method in config.methods]
-        plans = {
-            cell: planner.plan(cell.name, cell.method, tuning.values_of(tuned, cell))
-            for cell in cells
-        }
-        planned.append((planner, plans))
-    out = records.open_run(workdir, config, results.Finished)
-
-    def conclude(job: units.Job, state: TrainState, plan: Plan) -> dict[str, Any]:
-        found = look_closer(plan.variant.method, state, job.splits, config)
-        return found | {"values": dict(plan.values)}
-
-    for _, plans in planned:
-        check_recorded(out, plans)
-    with units.reporting(out, lambda: report(config, source, out)) as reported:
-        for planner, plans in planned:
-            named = {cell.name: plan for cell, plan in plans.items()}
-            run_plans(planner.config, out, source, named, conclude)
-    return reported()
+        return tuning.tune(config, experiment, source)
+    config = study.as_axes(study.identified(config, source), robustness.SETTINGS)
+    workdir = config.workdir or study.default_workdir(experiment.name, config)
+    values = tuned.read_tuned(workdir, config.tuned, methods)
+    return study.compare(config, tuned.with_tuned(experiment, values), source)
 
 
 if __name__ == "__main__":

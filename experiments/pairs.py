@@ -8,11 +8,13 @@ import jax
 import numpy as np
 
 from d2sparse import data, distributions, dual, rules, train, tree
-from d2sparse.dual import Coupling, Dual, MakeRule
+from d2sparse.dual import Coupling, Dual
 from d2sparse.masks import Selection, select
 from d2sparse.schedules import at
 from d2sparse.train import Data, TrainState
 from d2sparse.transforms import sparsify
+from experiments import pair_account, pair_presets, pair_step
+from experiments.pair_presets import MakeRule
 from experiments.recipes.arguments import make_shared, rehearse
 from experiments.recipes.options import MaskOptions, check_masks
 from experiments.singles import (
@@ -38,7 +40,7 @@ class PairOptions(MaskOptions):
     pair_rule: PairRule = "rigl"
     # How D2-Sparse's slow learner learns: by gradient, or as the fast one's average.
     mode: Literal["trained", "consolidated"] = "trained"
-    # Pace of the two learners, see d2sparse.dual.make_plans; auto is fast_slow where
+    # Pace of the two learners, see pair_presets.make_plans; auto is fast_slow where
     # the slow one consolidates, since a fast learner that anneals leaves nothing to
     # average, and elsewhere averaged.
     preset: Literal["auto", "averaged", "symmetric", "fast_slow", "constant"] = "auto"
@@ -141,7 +143,7 @@ def pair(
     """
     models, own = Dual(task.model, task.model), _defaults(task, coupling)
     tx(own, jax.random.key(0))  # Complains now, not when the step is traced.
-    step = dual.make_dual_step(
+    step = pair_step.make_dual_step(
         models,
         lambda settings: tx(settings, jax.random.key(0)),
         coupling,
@@ -164,7 +166,7 @@ def pair(
     def init(key: jax.Array, data: Data, settings: Settings = NO_SETTINGS) -> Any:
         mask_key, key = jax.random.split(key)
         chosen = own | dict(settings)
-        return dual.init_pair(
+        return pair_step.init_pair(
             models,
             tx(chosen, mask_key),
             data,
@@ -177,11 +179,11 @@ def pair(
         )
 
     def predict(state: TrainState, data: Data) -> dict[str, np.ndarray]:
-        return dual.pair_predictions(Dual(forward, forward), state, data)
+        return pair_account.pair_predictions(Dual(forward, forward), state, data)
 
     def stored_and_inference(state: TrainState, data: Data) -> tuple[int, float]:
-        inference = costs(state, data)[dual.headline(state)]
-        return dual.stored_numbers(state), float(inference)
+        inference = costs(state, data)[pair_account.headline(state)]
+        return pair_account.stored_numbers(state), float(inference)
 
     settle = _as_it_is if average_from is None else _settle(task, average_from)
     return Method(
@@ -215,7 +217,7 @@ def sparse_pair(task: Task, choices: Choices) -> Method:
         )
 
     def tx(settings: Settings, key: jax.Array) -> Dual:
-        return dual.make_transforms(
+        return pair_presets.make_transforms(
             make_plans(task, choices.preset, settings["learning_rate"]),
             halves,
             lambda rate: task.optimizer(rate, settings["weight_decay"]),
@@ -265,12 +267,12 @@ def split_budget(task: Task) -> Dual:
 
 
 def make_plans(task: Task, preset: str, learning_rate: Any = None) -> Dual:
-    """How the learners of a pair move, see `dual.make_plans`.
+    """How the learners of a pair move, see `pair_presets.make_plans`.
 
     The task's averaging is that of every preset, where it is asked for.
     """
     rate = task.learning_rate if learning_rate is None else learning_rate
-    plans = dual.make_plans(preset, rate, task.steps, task.interval)
+    plans = pair_presets.make_plans(preset, rate, task.steps, task.interval)
     if task.average_from is None:
         return plans
     return Dual(*(plan._replace(average_from=task.average_from) for plan in plans))
@@ -297,7 +299,7 @@ def _defaults(task: Task, coupling: Coupling) -> dict[str, float]:
 
 def _costs(task: Task, intervals: Dual, state: TrainState, size: int) -> dict[str, Any]:
     """MACs per example, on a data set of a size."""
-    spent = dual.pair_macs(
+    spent = pair_account.pair_macs(
         state,
         Dual(task.macs, task.macs),
         intervals,
@@ -305,7 +307,7 @@ def _costs(task: Task, intervals: Dual, state: TrainState, size: int) -> dict[st
         batch_size=min(task.batch_size, size),
     )
     if task.sharpness:
-        consolidated = dual.headline(state) == "slow"
+        consolidated = pair_account.headline(state) == "slow"
         uphill = spent["fast"] if consolidated else spent["ensemble"]
         spent["training"] += 3 * uphill
     return spent
@@ -318,7 +320,7 @@ def _settle(task: Task, average_from: int) -> Callable[[TrainState, Data], Train
     def settle(state: TrainState, data: Data) -> TrainState:
         if int(state.step) <= average_from:
             return state
-        return dual.settle_pair(state, data, Dual(statistics, statistics))
+        return pair_account.settle_pair(state, data, Dual(statistics, statistics))
 
     return settle
 

@@ -10,6 +10,7 @@ import numpy as np
 from d2sparse import records, schema, train
 from d2sparse.checkpoint import Checkpoints
 from d2sparse.train import Data, Indices, Logs, Runner, TrainState
+from d2sparse.train.loops import Stretch, take_steps
 from d2sparse.tree import PyTree
 from experiments.task import TaskConfig
 
@@ -206,7 +207,7 @@ def train_together(
       data: training data.
       steps: the step to stop before.
       arounds: what has to be saved of a unit when its training stands at a state.
-      indices: which examples the steps are trained on, see `train.fit`; where they are
+      indices: which examples the steps are trained on, see `Stretch`; where they are
         given, there is one report, at the end.
 
     Raises:
@@ -238,19 +239,21 @@ def train_together(
             }
             session.save(own, around, columns)
 
-    end = train.fit(
+    end = take_steps(
         run,
         states[0] if alone else train.stack_runs(states),
         data[0] if alone else train.stack_runs(data),
-        steps,
-        first.config.batch_size,
-        first.config.report_every if indices is None else steps,
-        report,
-        save,
-        first.config.checkpoint_every or first.config.report_every,
-        pending[0] if alone else _merged(pending),
-        first.interrupted,
-        indices,
+        Stretch(
+            steps,
+            first.config.batch_size,
+            first.config.report_every if indices is None else steps,
+            report,
+            save,
+            first.config.checkpoint_every or first.config.report_every,
+            pending[0] if alone else _merged(pending),
+            first.interrupted,
+            indices,
+        ),
     )
     return split(end)
 

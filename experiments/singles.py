@@ -180,11 +180,11 @@ def make_network(task: Task, recipe: Recipe) -> Network:
             model, make_tx(chosen, mask_key), data, key, chosen, task.skip_faults
         )
         if task.ticket is not None:
-            state = lottery.start_from(task.ticket, state)
+            state = _start_from(task.ticket, state)
         if recipe.choose is None:
             return state
         masks = recipe.choose(state, data)
-        return lottery.start_from(
+        return _start_from(
             lottery.Ticket(state.params, state.model_state, masks), state
         )
 
@@ -287,6 +287,20 @@ def _with_effective(
         return model.apply(effective(params), *args, **kwargs)
 
     return Model(model.init, apply)
+
+
+def _start_from(ticket: lottery.Ticket, state: TrainState) -> TrainState:
+    """A new state that starts from a ticket: with its weights, statistics and masks.
+
+    What becomes of the masks is up to the rule of the state's optimiser: `fixed` keeps
+    them, `rigl` moves them, `gradual` prunes on.
+
+    Args:
+      ticket: where to start; it fits the network of the state.
+      state: at step 0; its optimiser is made by `sparsify` or `freeze`.
+    """
+    state = state._replace(params=ticket.params, model_state=ticket.model_state)
+    return lottery.rewind(state, ticket.masks)
 
 
 def _itself(state: TrainState) -> TrainState:

@@ -14,11 +14,12 @@ import numpy as np
 import optax
 
 from d2sparse import train
-from d2sparse.constraints import Moves, rigl
 from d2sparse.data import load, sources
 from d2sparse.models import Model
 from d2sparse.rules import rigl
 from d2sparse.schedules import every
+from d2sparse.study import processes
+from d2sparse.train.loops import Stretch, take_steps
 from d2sparse.transforms import get_masks, sparsify
 from d2sparse.tree import flatten
 
@@ -50,7 +51,7 @@ def learn(directory, mesh=None):
         jax.random.key(0)
     )
     run = train.make_runner(step, mesh)
-    state = train.bring(train.fit(run, state, data, STEPS, BATCH, every=2))
+    state = train.bring(take_steps(run, state, data, Stretch(STEPS, BATCH, every=2)))
     learned = {f"params/{k}": v for k, v in flatten(state.params).items()}
     masks = {f"masks/{k}": v for k, v in flatten(get_masks(state.opt_state)).items()}
     return {"images": source.train.images, "labels": source.train.labels} | {

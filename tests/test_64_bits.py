@@ -14,7 +14,7 @@ COMMANDS = {
     "d2_sparse": f"{TINY} --steps=8 --refresh_interval=2 --rounds=1",
     "lottery": f"{TINY} --steps=8 --rounds=1",
     "anytime": f"{TINY} --samples_per_class=10 --megabatches=2 --epochs=1",
-    "low_data": f"{TINY} --steps=8 --refresh_interval=2 --budgets=5"
+    "low_data": f"{TINY} --steps=8 --refresh_interval=2 --samples_per_class=5"
     " --methods=dense,rigl,d2_sparse",
     "scaling": "--nocheck",
 }

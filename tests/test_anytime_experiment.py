@@ -14,7 +14,7 @@ from runs import read, results, table_rows, unit_files, without_time
 from d2sparse import data, train
 from d2sparse.anytime import density
 from d2sparse.masks import apply_masks, dense_masks
-from experiments import anytime
+from experiments import anytime, session
 from experiments.megabatches import scoring
 from experiments.megabatches.options import LEARNERS, make_timetable
 from experiments.splits import draw_splits
@@ -161,17 +161,18 @@ def test_figures_are_there(finished):
 def test_an_interrupted_walk_comes_to_the_same_end(
     name, finished, stages, tmp_path, monkeypatch
 ):
-    fit, calls = train.fit, itertools.count()
+    take_steps, calls = session.take_steps, itertools.count()
 
-    def interrupted(*given):
+    def interrupted(run, state, data, stretch):
         # In the middle of an epoch, at its end, and in the middle of the next one.
-        number = next(calls)
-        asked = given[-2]
-        seen = itertools.count()
-        stop = number in (1, 4, 7)
-        return fit(*given[:-2], lambda: asked() or (stop and next(seen) > 0), given[-1])
+        asked, seen = stretch.interrupted, itertools.count()
+        stop = next(calls) in (1, 4, 7)
+        stretch = stretch._replace(
+            interrupted=lambda: asked() or (stop and next(seen) > 0)
+        )
+        return take_steps(run, state, data, stretch)
 
-    monkeypatch.setattr(train, "fit", interrupted)
+    monkeypatch.setattr(session, "take_steps", interrupted)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "parts", methods=(name,), checkpoint_every=3)
@@ -187,14 +188,14 @@ def test_an_interrupted_walk_comes_to_the_same_end(
 
 
 def test_a_signal_saves_and_says_so(tmp_path, monkeypatch):
-    fit, sent = train.fit, []
+    take_steps, sent = session.take_steps, []
 
     def signalled(*given):
         if not sent:
             sent.append(signal.raise_signal(signal.SIGTERM))
-        return fit(*given)
+        return take_steps(*given)
 
-    monkeypatch.setattr(train, "fit", signalled)
+    monkeypatch.setattr(session, "take_steps", signalled)
     with pytest.raises(KeyboardInterrupt) as stopped:
         run(tmp_path / "run", methods=("app",))
     assert stopped.value.args == (signal.SIGTERM,)

@@ -32,7 +32,7 @@ from d2sparse.train import (
     Watch,
     constrain,
     end,
-    fit_phases,
+    fit,
     fit_together,
     make_program,
     plain,
@@ -106,7 +106,7 @@ def trained(name):
         save=save,
         begun=lambda progress: save(progress, {}),
     )
-    end = fit_phases(program(name), begin(name), digits(), watch)
+    end = fit(program(name), begin(name), digits(), watch)
     return end, saved, logs
 
 
@@ -144,7 +144,7 @@ def test_every_method_resumes_to_the_bit(name):
     assert len(saved) >= 5
     for progress, logs in saved[:: max(len(saved) // 3, 1)]:
         copied = jax.tree.map(jnp.copy, progress)
-        again = fit_phases(own, copied, digits(), Watch(every=5, logs=logs))
+        again = fit(own, copied, digits(), Watch(every=5, logs=logs))
         assert same(again, end)
 
 
@@ -162,7 +162,7 @@ def test_a_checkpoint_has_the_form_of_its_phase(name, tmp_path, caplog):
             )
         with jax.log_compiles(), caplog.at_level("WARNING"):
             watch = Watch(every=5, save_every=4, logs=logs)
-            again = fit_phases(own, found.state, digits(), watch)
+            again = fit(own, found.state, digits(), watch)
         assert same(again, end)
         assert "ompil" not in caplog.text
 
@@ -200,7 +200,7 @@ def test_runs_in_one_program_are_those_alone():
     own, many = program("imp"), [begin("imp", 0), begin("imp", 1)]
     watches = [Watch(), Watch()]
     ends = fit_together(own, many, [digits(), digits()], watches)
-    alone = fit_phases(own, begin("imp", 0), digits())
+    alone = fit(own, begin("imp", 0), digits())
     for a, b in zip(
         jax.tree.leaves(ends[0].state.params),
         jax.tree.leaves(alone.state.params),
@@ -215,7 +215,7 @@ def test_a_phase_may_end_the_training():
 
     phases = (Phase(8), Phase(16, enough), Phase(24))
     short = make_program(start()._replace(phases=phases))
-    last = fit_phases(short, short.init(jax.random.key(0), digits()), digits())
+    last = fit(short, short.init(jax.random.key(0), digits()), digits())
     assert int(last.state.step) == 8
 
 
@@ -224,7 +224,7 @@ def test_growth_is_charged_where_it_happens():
     own = make_program(training)
     costs = []
     watch = Watch(every=1, report=lambda progress, logs: costs.append(logs["macs"]))
-    fit_phases(own, own.init(jax.random.key(0), digits()), digits(), watch)
+    fit(own, own.init(jax.random.key(0), digits()), digits(), watch)
     plain_cost, refreshes = costs[0], [4, 8, 12, 16]  # In the first three quarters.
     dense = training.network.dense_macs
     for step, cost in enumerate(costs):

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 import runs
+
 from d2sparse import data, models, train
 from d2sparse.constraints import Moves, rigl
 from d2sparse.masks import sparsity
 from d2sparse.train import Recipe, Watch, constrain, make_program, plain
+from d2sparse.train.loops import Stretch, take_steps
 
 N, STEPS, BATCH = 24, 8, 8
 RNG = np.random.default_rng(0)
@@ -147,7 +148,7 @@ def learn(labels):
     logs = []
     watch = Watch(every=1, report=lambda progress, means: logs.append(means))
     begun = program().init(jax.random.key(0), examples())
-    return train.fit_phases(program(), begun, examples(labels), watch).state, logs
+    return train.fit(program(), begun, examples(labels), watch).state, logs
 
 
 def groups_seen(state):
@@ -183,13 +184,15 @@ def test_stacked_runs_and_several_devices_carry_further_labels(data_parallel):
     model, tx, logs = models.Model(init, apply), optax.identity(), []
     states = [train.init_state(model, tx, examples(), seed) for seed in range(2)]
     expected = np.stack([groups_seen(state) for state in states], axis=1)
-    train.fit(
+    take_steps(
         train.make_runner(step, mesh),
         train.stack_runs(states),
         train.stack_runs([examples()] * 2),
-        STEPS,
-        BATCH,
-        every=1,
-        report=lambda step, state, means: logs.append(means["group"]),
+        Stretch(
+            STEPS,
+            BATCH,
+            every=1,
+            report=lambda step, state, means: logs.append(means["group"]),
+        ),
     )
     np.testing.assert_allclose(logs, expected)

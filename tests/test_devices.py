@@ -13,6 +13,7 @@ from d2sparse import models, train
 from d2sparse.data import Split
 from d2sparse.rules import rigl
 from d2sparse.schedules import every
+from d2sparse.train.loops import Stretch, take_steps
 from d2sparse.transforms import get_masks, sparsify
 from d2sparse.tree import flatten
 
@@ -74,7 +75,7 @@ def network(request):
     step, init = make_run(request.param)
     run = train.make_runner(step)
     alone = {
-        seed: train.fit(run, init(seed, rate), make_data(seed), STEPS, BATCH)
+        seed: take_steps(run, init(seed, rate), make_data(seed), Stretch(STEPS, BATCH))
         for seed, rate in ((0, 0.05), (1, 0.02))
     }
     return step, init, alone
@@ -94,7 +95,7 @@ def assert_close(state, expected):
 def test_a_batch_on_several_devices_is_the_batch_on_one(network, devices):
     step, init, alone = network
     run = train.make_runner(step, train.make_mesh(devices))
-    state = train.fit(run, init(0), make_data(0), STEPS, BATCH)
+    state = take_steps(run, init(0), make_data(0), Stretch(STEPS, BATCH))
     assert_close(state, alone[0])
     assert all(
         leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params)
@@ -109,7 +110,7 @@ def test_runs_beside_each_other_are_the_runs_alone(network, data_parallel):
     run = train.make_runner(step, mesh)
     states = train.stack_runs([init(0, 0.05), init(1, 0.02)])
     both = train.stack_runs([make_data(0), make_data(1)])
-    end = train.fit(run, states, both, STEPS, BATCH)
+    end = take_steps(run, states, both, Stretch(STEPS, BATCH))
     for number, state in enumerate(train.unstack_runs(end)):
         assert_close(state, alone[number])
 
@@ -117,7 +118,7 @@ def test_runs_beside_each_other_are_the_runs_alone(network, data_parallel):
 def test_a_single_run_takes_no_devices_that_share_out_runs(network):
     step, init, alone = network
     run = train.make_runner(step, train.make_mesh(2, runs=4))
-    state = train.fit(run, init(0), make_data(0), STEPS, BATCH)
+    state = take_steps(run, init(0), make_data(0), Stretch(STEPS, BATCH))
     assert_close(state, alone[0])
     devices = {len(leaf.devices()) for leaf in jax.tree.leaves(state.params)}
     assert devices == {2}
@@ -132,7 +133,7 @@ def test_a_row_of_a_batch_lies_on_all_its_devices(network):
         return step(state, data, indices)
 
     run = train.make_runner(watched, train.make_mesh(8))
-    train.fit(run, init(0), make_data(0), 1, BATCH)
+    take_steps(run, init(0), make_data(0), Stretch(1, BATCH))
     assert seen
     assert all(len(sharding.device_set) == 8 for sharding in seen)
     assert not any(sharding.is_fully_replicated for sharding in seen)
@@ -166,9 +167,9 @@ def test_a_second_call_compiles_nothing_and_moves_nothing(network):
         return step(*given)
 
     run = train.make_runner(counted, train.make_mesh(8))
-    state = train.fit(run, init(0), make_data(0), 2, BATCH)
+    state = take_steps(run, init(0), make_data(0), Stretch(2, BATCH))
     first = jax.tree.leaves(state.params)[0]
-    state = train.fit(run, state, make_data(0), 4, BATCH)
+    state = take_steps(run, state, make_data(0), Stretch(4, BATCH))
     assert len(traces) == 1
     assert first.is_deleted()
 

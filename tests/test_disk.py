@@ -18,8 +18,8 @@ import pytest
 from d2sparse import data, disk, records, schema
 from d2sparse.checkpoint import Checkpoints, load_sparse, save_sparse, store
 from d2sparse.lottery import Ticket
+from d2sparse.study.tuned import read_tuned
 from experiments import benchmark
-from experiments.few_labels.tuning import read_tuned
 from experiments.tickets import load_ticket, save_ticket
 
 WEIGHTS, MASKS = {"w": jnp.eye(2)}, {"w": jnp.eye(2, dtype=bool)}

@@ -1,5 +1,7 @@
 """Faults of every kind at a chosen step, against runs that never reach that step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,12 @@ import optax
 import pytest
 from flax import linen as nn
 
-from d2sparse import dual, train
+from d2sparse import constraints, train
 from d2sparse.data import Split
-from d2sparse.dual import Coupling, Dual
 from d2sparse.models import from_linen, layers, lenet_300_100
 from d2sparse.rules import rigl
 from d2sparse.schedules import every
+from d2sparse.train.loops import Stretch, take_steps
 from d2sparse.transforms import get_masks, sparsify
 from d2sparse.tree import flatten
 
@@ -37,11 +39,16 @@ MODEL = from_linen(Normed())
 TX = sparsify(optax.adam(0.01), rigl(0.5), every(3))
 
 
-@pytest.fixture(scope="module")
-def data():
+@functools.cache
+def images():
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(SIZE, 4, 4, 1)).astype(np.uint8)
     return train.to_device(Split(images, np.arange(SIZE, dtype=np.int32) % 10))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return images()
 
 
 def poison(where, value):
@@ -119,21 +126,25 @@ def assert_pruned(params, masks):
 
 def in_single_steps(run, state, data, stop):
     """One call of the runner for each step: every stretch is one program."""
-    return train.fit(run, state, data, stop, BATCH, every=1) if stop else state
+    return (
+        take_steps(run, state, data, Stretch(stop, BATCH, every=1)) if stop else state
+    )
 
 
 @pytest.mark.parametrize(("kind", "at"), FAULTS)
 def test_a_fault_stops_the_run_with_the_state_before_it(run, data, kind, at):
     saved = []
     with pytest.raises(FloatingPointError, match=rf"update of step {at} is not"):
-        train.fit(
+        take_steps(
             run,
             begin(data, kind, at),
             data,
-            STEPS,
-            BATCH,
-            every=4,
-            save=lambda state, logs: saved.append((copy(state), logs)),
+            Stretch(
+                STEPS,
+                BATCH,
+                every=4,
+                save=lambda state, logs: saved.append((copy(state), logs)),
+            ),
         )
     (halted, logs), expected = saved[-1], begin(data, kind, at)
     assert len(saved) == 1
@@ -152,14 +163,16 @@ def test_a_fault_stops_the_run_with_the_state_before_it(run, data, kind, at):
 @pytest.mark.parametrize(("kind", "at"), FAULTS)
 def test_a_skipped_fault_leaves_out_one_update(run, data, kind, at):
     reports = []
-    skipping = train.fit(
+    skipping = take_steps(
         run,
         begin(data, kind, at, skip=True),
         data,
-        STEPS,
-        BATCH,
-        every=4,
-        report=lambda step, state, means: reports.append(means),
+        Stretch(
+            STEPS,
+            BATCH,
+            every=4,
+            report=lambda step, state, means: reports.append(means),
+        ),
     )
     assert skipping.faults._asdict() == {"total": 1, "first": at, "skip": True}
     expected, losses = begin(data, kind, at, skip=True), []
@@ -183,17 +196,21 @@ def test_a_skipped_fault_leaves_out_one_update(run, data, kind, at):
 def test_a_run_may_go_on_from_the_last_good_state(run, data):
     saved = []
     with pytest.raises(FloatingPointError):
-        train.fit(
+        take_steps(
             run,
             begin(data, "gradient", 2),
             data,
-            STEPS,
-            BATCH,
-            save=lambda state, logs: saved.append(copy(train.last_good(state))),
+            Stretch(
+                STEPS,
+                BATCH,
+                save=lambda state, logs: saved.append(copy(train.last_good(state))),
+            ),
         )
     healed = saved[0]._replace(settings=begin(data).settings)
-    end = train.fit(run, healed, data, STEPS, BATCH, every=1)
-    assert_same_bits(end, train.fit(run, begin(data), data, STEPS, BATCH, every=1))
+    end = take_steps(run, healed, data, Stretch(STEPS, BATCH, every=1))
+    assert_same_bits(
+        end, take_steps(run, begin(data), data, Stretch(STEPS, BATCH, every=1))
+    )
 
 
 def test_what_has_not_failed_is_its_own_last_good_state(data):
@@ -234,44 +251,45 @@ def test_a_guarded_state_is_donated_like_any_other(data, optimizer):
     assert guarded.alias_size_in_bytes > 2 * parameters
 
 
+@functools.cache
+def guarded_pair(skip):
+    """A pair of RigL whose losses are NaN at step 4."""
+
+    def poisoned(training):
+        def loss(outputs, batch, context):
+            value, logs = training.loss(outputs, batch, context)
+            due = context.step == context.settings["at"]
+            return value * (1 + poison(due, jnp.nan)), logs
+
+        settings = {**training.settings, "at": 4}
+        return training._replace(loss=loss, settings=settings)
+
+    moves = constraints.Moves(3, growth_samples=16)
+    sides = [(constraints.rigl(0.5, moves),)] * 2
+    recipe = train.Recipe(STEPS, BATCH)
+    training = train.constrain(
+        train.plain(MODEL, images(), recipe), poisoned, constraints.coupled(*sides)
+    )
+    return train.make_program(training, skip_faults=skip)
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_pair_is_guarded_as_a_whole(data, skip):
-    models = Dual(MODEL, MODEL)
-    tx = Dual(*(sparsify(optax.sgd(0.1), rigl(0.5), every(3), n) for n in (0, 1)))
-    coupling, at = Coupling(), 4
-
-    def step(state, data, indices):
-        def augment(key, x):
-            return x + poison(state.step == state.settings["at"], jnp.nan)
-
-        pair = dual.make_dual_step(models, tx, coupling, augment, growth_samples=16)
-        return pair(state, data, indices)
-
-    def start(at):
-        key, settings = jax.random.key(0), {"at": at}
-        return dual.init_pair(
-            models, tx, data, key, coupling, settings=settings, skip_faults=skip
-        )
-
-    run, saved = train.make_runner(step), []
-    expected = train.fit(run, start(at), data, at, BATCH)
+    program, at, saved = guarded_pair(skip), 4, []
+    start = program.init(jax.random.key(0), data)
+    rows = train.step_indices(start.state, data, STEPS, BATCH)
+    expected, _ = program.run(copy(start.state), data, rows[:at])
     kept = copy(expected)
     if skip:
-        end = train.fit(run, start(at), data, STEPS, BATCH)
+        end = train.fit(program, start, data).state
         faults = end.faults
         assert faults._asdict() == {"total": 1, "first": at, "skip": True}
         expected = expected._replace(step=jnp.int32(at + 1), faults=copy(faults))
-        assert_same_bits(end, train.fit(run, expected, data, STEPS, BATCH))
-        masks = dual.get_pair_masks(end)
-        assert_pruned(end.params, masks)
+        again, _ = program.run(expected, data, rows[at + 1 :])
+        assert_same_bits(end, again)
+        assert_pruned(end.params, constraints.pair_masks(end))
         return
+    watch = train.Watch(save=lambda progress, logs: saved.append(copy(progress.state)))
     with pytest.raises(FloatingPointError, match=f"update of step {at} "):
-        train.fit(
-            run,
-            start(at),
-            data,
-            STEPS,
-            BATCH,
-            save=lambda state, logs: saved.append(copy(state)),
-        )
+        train.fit(program, start, data, watch)
     assert_same_bits(train.last_good(saved[0]), kept)

@@ -1,5 +1,6 @@
-"""Iterative magnitude pruning against a loop in numpy, with real and with fake runs."""
+"""Iterative magnitude pruning against loops in numpy, one weight at a time."""
 
+import functools
 import itertools
 
 import jax
@@ -7,21 +8,34 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import (
+    KERNELS,
+    SHAPES,
+    arrays,
+    assert_close,
+    begin,
+    copy,
+    fit,
+    images,
+    live,
+    nested,
+    perceptron,
+    start,
+)
 
 from d2sparse import scores, train
-from d2sparse.data import Split
-from d2sparse.lottery import (
-    find_ticket,
-    prune_live,
-    rewind,
-    round_sparsities,
-    start_from,
+from d2sparse.constraints import (
+    Rewinds,
+    averaged,
+    from_ticket,
+    iterative_magnitude,
+    kept,
 )
+from d2sparse.lottery import Ticket, prune_live, rewind, round_sparsities
 from d2sparse.masks import dense_masks
-from d2sparse.models import Model
 from d2sparse.rules import fixed
 from d2sparse.schedules import at
-from d2sparse.train import TrainState
+from d2sparse.train import Watch, constrain, make_program
 from d2sparse.transforms import (
     average_weights,
     freeze,
@@ -30,81 +44,20 @@ from d2sparse.transforms import (
     sparsify,
 )
 
-SPARSITIES = (0.5, 0.75, 0.9)
-KERNELS = ("first", "head")
-NO_FAULTS = train.Faults(jnp.int32(0), jnp.int32(0), jnp.array(False))
+STEPS, SPARSITY, ROUNDS = 8, 0.9, 3
+TOTAL = sum(int(np.prod(shape)) for shape in SHAPES.values())
 
 
-def perceptron():
-    """One hidden layer; its state counts the training passes."""
-
-    def init(key, x):
-        first, head = jax.random.split(key)
-        params = {"first": jax.random.normal(first, (x[0].size, 6)) / 8}
-        params |= {"bias": jnp.zeros(6), "head": jax.random.normal(head, (6, 10))}
-        return params, {"passes": jnp.zeros((), jnp.int32)}
-
-    def apply(params, model_state, x, *, train):
-        hidden = x.reshape(len(x), -1) @ params["first"] + params["bias"].reshape(1, -1)
-        passes = model_state["passes"] + train
-        return jax.nn.relu(hidden) @ params["head"], {"passes": passes}
-
-    return Model(init, apply)
+def random_tree(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {**SHAPES, "head/bias": SHAPES["head/kernel"][1:]}
+    return {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}
 
 
-@pytest.fixture(scope="module")
-def data():
-    rng = np.random.default_rng(0)
-    images = rng.integers(256, size=(24, 4, 4, 1)).astype(np.uint8)
-    return train.to_device(Split(images, rng.integers(10, size=24).astype(np.int32)))
-
-
-def make_run(data, wrap):
-    """A first state, `(state, step) -> state` that uses it up, and its traces."""
-    model, traces = perceptron(), []
-    params, _ = model.init(jax.random.key(0), train.inputs(data))
-    masks = fixed(dense_masks(params))
-    tx = wrap(train.make_optimizer("sgd", 0.1, 5e-4), masks, at([]))
-    step = train.make_train_step(train.make_loss(model), tx)
-
-    def traced(*args):
-        traces.append(1)
-        return step(*args)
-
-    run = train.make_runner(traced)
-
-    def fit(state, stop):
-        return train.fit(run, state, data, stop, batch_size=8)
-
-    return train.init_state(model, tx, data, jax.random.key(0)), fit, traces
-
-
-@pytest.fixture(scope="module")
-def dense_run(data):
-    return make_run(data, sparsify)
-
-
-@pytest.fixture(scope="module")
-def frozen_run(data):
-    return make_run(data, freeze)
-
-
-def copy(state):
-    return jax.tree.map(jnp.copy, state)
-
-
-def host(tree):
-    """A copy on the host, random keys as their numbers."""
-
-    def leaf(x):
-        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return np.array(jax.random.key_data(x) if is_key else x)
-
-    return jax.tree.map(leaf, tree)
-
-
-def assert_same_bits(state, expected):
-    jax.tree.map(np.testing.assert_array_equal, host(state), host(expected))
+def random_masks(density, seed=1):
+    rng = np.random.default_rng(seed)
+    masks = {name: rng.random(w.shape) < density for name, w in random_tree(0).items()}
+    return {**masks, "head/bias": np.ones_like(masks["head/bias"])}
 
 
 def largest_live(params, masks, sparsity):
@@ -114,19 +67,13 @@ def largest_live(params, masks, sparsity):
         for index in np.argwhere(masks[name]):
             size = abs(float(params[name][tuple(index)]))
             order.append((-size, leaf, tuple(index)))
-    total = sum(params[name].size for name in KERNELS)
-    kept = {name: np.zeros(params[name].shape, bool) for name in KERNELS}
-    for _, leaf, index in sorted(order)[: round((1 - sparsity) * total)]:
-        kept[KERNELS[leaf]][index] = True
-    return {**kept, "bias": np.ones(masks["bias"].shape, bool)}
+    chosen = {name: np.zeros(params[name].shape, bool) for name in KERNELS}
+    for _, leaf, index in sorted(order)[: round((1 - sparsity) * TOTAL)]:
+        chosen[KERNELS[leaf]][index] = True
+    return {**masks, **chosen}
 
 
-def random_tree(seed, shape=(16, 6)):
-    rng = np.random.default_rng(seed)
-    leaves = {"first": shape, "bias": shape[1:], "head": (shape[1], 10)}
-    return {
-        name: rng.normal(size=leaf).astype(np.float32) for name, leaf in leaves.items()
-    }
+# The pure functions.
 
 
 @pytest.mark.parametrize(("sparsity", "rounds"), [(0.9, 4), (0.0, 3), (0.5, 1)])
@@ -141,293 +88,235 @@ def test_every_round_removes_the_same_share(sparsity, rounds):
         np.testing.assert_allclose(1 - after, density, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("sparsity", "rounds"), [(1.0, 2), (-0.1, 2), (0.5, 0)])
-def test_round_sparsities_refuses(sparsity, rounds):
-    with pytest.raises(ValueError, match=f"sparsity={sparsity}, rounds={rounds}"):
-        round_sparsities(sparsity, rounds)
-
-
-@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("sparsity", [0.5, 0.75, 0.9])
 def test_pruning_keeps_the_largest_live_weights(sparsity):
-    params, rng = random_tree(0), np.random.default_rng(1)
-    masks = {name: rng.random(w.shape) < 0.6 for name, w in params.items()}
-    masks["bias"] = np.ones(6, bool)
+    params, masks = random_tree(0), random_masks(0.6)
     actual = prune_live(params, masks, sparsity)
-    expected = largest_live(params, masks, sparsity)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    assert_close(actual, largest_live(params, masks, sparsity))
 
 
 def test_pruning_to_less_than_there_is_keeps_all_and_revives_nothing():
-    params, rng = random_tree(0), np.random.default_rng(1)
-    masks = {name: rng.random(w.shape) < 0.3 for name, w in params.items()}
-    masks["bias"] = np.ones(6, bool)
-    jax.tree.map(np.testing.assert_array_equal, prune_live(params, masks, 0.5), masks)
+    masks = random_masks(0.3)
+    assert_close(prune_live(random_tree(0), masks, 0.5), masks)
 
 
 def test_pruning_spares_what_is_not_prunable():
     params = random_tree(0)
     masks = prune_live(
-        params, dense_masks(params), 0.5, prunable=lambda path, leaf: path == "head"
+        params, dense_masks(params), 0.5, lambda path, leaf: path == "head/kernel"
     )
-    assert masks["first"].all()
-    assert masks["bias"].all()
-    assert masks["head"].sum() == 30
+    assert masks["first/kernel"].all()
+    assert masks["head/bias"].all()
+    assert masks["head/kernel"].sum() == 15
 
 
-def test_rewinding_restores_the_early_state_under_the_masks(dense_run):
-    first, fit, _ = dense_run
-    early = fit(copy(first), 3)
-    before = host(early)
-    masks = prune_live(early.params, get_masks(early.opt_state), 0.75)
-    state = rewind(early, masks)
-    expected = before._replace(
-        params={name: w * np.array(masks[name]) for name, w in before.params.items()},
-        opt_state=before.opt_state._replace(masks=masks),
+def masked_state(wrap):
+    """A state at step 0 whose optimiser keeps dense masks."""
+    params, _ = perceptron().init(jax.random.key(0), train.inputs(images()))
+    tx = wrap(optax.sgd(0.1, 0.9), fixed(dense_masks(params)), at([]))
+    return train.init_state(perceptron(), tx, images(), jax.random.key(0))
+
+
+@pytest.mark.parametrize("what", ["weights", "learning_rate"])
+def test_rewinding_restores_the_early_state_under_the_masks(what):
+    early = masked_state(sparsify)
+    trained = early._replace(
+        step=jnp.int32(7),
+        params=jax.tree.map(lambda x: x + 1, early.params),
+        model_state=jax.tree.map(lambda x: x + 1, early.model_state),
+        opt_state=early.opt_state._replace(step=jnp.int32(7)),
     )
-    assert_same_bits(state, expected)
-    assert int(state.step) == 3
-    assert int(state.model_state["passes"]) == 3
-    assert any(np.any(m) for m in jax.tree.leaves(host(state.opt_state.inner)))
-    # A copy: training the rewound state leaves the early one as it was.
-    fit(state, 6)
-    assert_same_bits(early, before)
+    masks = jax.tree.map(jnp.copy, prune_live(early.params, early.opt_state.masks, 0.7))
+    state = rewind(early, masks, trained if what == "learning_rate" else None)
+    source = early if what == "weights" else trained
+    expected = early._replace(
+        params=jax.tree.map(jnp.multiply, source.params, masks),
+        model_state=source.model_state,
+        opt_state=early.opt_state._replace(masks=masks),
+    )
+    assert_close(state, expected)
+    # A copy: what uses the rewound state up leaves the others as they were.
+    jax.tree.map(lambda leaf: leaf.delete(), state)
+    assert not any(x.is_deleted() for x in jax.tree.leaves((early, trained, masks)))
 
 
-def test_a_rewound_run_never_moves_a_pruned_weight(dense_run):
-    first, fit, _ = dense_run
-    early = fit(copy(first), 3)
-    pruned = prune_live(early.params, get_masks(early.opt_state), 0.9)
-    masks = host(pruned)
-    after = fit(rewind(early, pruned), 6)
-    for tree in (after.params, after.opt_state.inner[1].trace):
-        for name in KERNELS:
-            assert not np.any(np.array(tree[name])[~masks[name]])
-
-
-def test_frozen_weights_beside_pruned_ones_are_not_set_to_zero(data):
+def test_frozen_weights_beside_pruned_ones_are_not_set_to_zero():
     def wrap(inner, rule, when):
         parts = {"zero": sparsify(inner, rule, when), "hold": freeze(inner, rule, when)}
-        labels = {"first": "zero", "bias": "zero", "head": "hold"}
+        labels = {"first": "zero", "head": "hold"}
         return average_weights(optax.partition(parts, labels))
 
-    first, _, _ = make_run(data, wrap)
-    drawn, _ = perceptron().init(
-        jax.random.split(jax.random.key(0))[0], train.inputs(data)
+    first = masked_state(wrap)
+    half = jax.tree.map(
+        lambda x: jnp.arange(x.size).reshape(x.shape) % 2 > 0, first.params
     )
-    half = {
-        name: jnp.arange(x.size).reshape(x.shape) % 2 > 0 for name, x in drawn.items()
-    }
-    expected = drawn | {"first": drawn["first"] * half["first"]}
-    expected["bias"] = drawn["bias"] * half["bias"]
+    pruned = first.params["first"]["kernel"] * half["first"]["kernel"]
+    expected = {**first.params, "first": {"kernel": pruned}}
     state = rewind(first, half)
-    assert_same_bits(state.params, expected)
-    assert_same_bits(get_masks(state.opt_state), half)
+    assert_close(state.params, expected)
+    assert_close(get_masks(state.opt_state), half)
     # Rules that have these masks from the start.
     tx = wrap(optax.sgd(0.1), fixed(half), at([]))
-    state = train.init_state(perceptron(), tx, data, jax.random.key(0))
-    assert_same_bits(state.params, expected)
-    assert_same_bits(get_average(state.opt_state), expected)
+    state = train.init_state(perceptron(), tx, images(), jax.random.key(0))
+    assert_close(state.params, expected)
+    assert_close(get_average(state.opt_state), expected)
 
 
-def test_one_round_equals_the_steps_by_hand(dense_run):
-    first, fit, _ = dense_run
-    early = fit(copy(first), 2)
-    trained = fit(copy(early), 8)
-    masks = largest_live(host(trained.params), host(get_masks(trained.opt_state)), 0.75)
-    opt_state = early.opt_state._replace(masks=jax.tree.map(jnp.asarray, masks))
-    params = {name: jnp.where(masks[name], w, 0) for name, w in early.params.items()}
-    expected = fit(early._replace(params=params, opt_state=opt_state), 8)
-    ticket = find_ticket(fit, copy(first), 8, 2, [0.75])
-    assert_same_bits(ticket, expected)
+# Whole trainings.
 
 
-@pytest.mark.parametrize("rewind_step", [0, 3])
-def test_masks_shrink_to_the_exact_sparsities(dense_run, rewind_step):
-    first, fit, traces = dense_run
-    rounds, states = [], []
-
-    def on_round(number, state, ticket):
-        rounds.append((number, int(state.step), host(get_masks(state.opt_state))))
-        states.append(state)
-
-    final = find_ticket(fit, copy(first), 8, rewind_step, SPARSITIES, on_round)
-    assert [(number, step) for number, step, _ in rounds] == [(n, 8) for n in range(4)]
-    sizes = sum(first.params[name].size for name in KERNELS)
-    for (_, _, masks), sparsity in zip(rounds, (0.0, *SPARSITIES), strict=True):
-        live = sum(masks[name].sum() for name in KERNELS)
-        assert live == round((1 - sparsity) * sizes)
-        assert masks["bias"].all()
-    for (_, _, before), (_, _, after) in itertools.pairwise(rounds):
-        assert all(np.all(before[name] | ~after[name]) for name in KERNELS)
-    for name in KERNELS:
-        np.testing.assert_array_equal(final.params[name] != 0, rounds[-1][2][name])
-    assert len(traces) == 1
-    # What a caller keeps of a round is not used up by the next.
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(states))
+CASES = {
+    "weights": Rewinds(0.3),
+    "from the start": Rewinds(0.0),
+    "learning rate": Rewinds(0.3, "learning_rate"),
+    "frozen": Rewinds(0.3, frozen=True),
+    "averaged": Rewinds(0.3),
+    "random": Rewinds(0.3, score=scores.random),
+}
 
 
-def test_the_order_of_training_pruning_and_rewinding():
-    params = random_tree(0)
-    tx = sparsify(train.make_optimizer("sgd", 0.1), fixed(dense_masks(params)), at([]))
-    first = TrainState(
-        jnp.int32(0),
-        params,
-        {"statistics": jnp.float32(0)},
-        tx.init(params),
-        jax.random.key(0),
-        NO_FAULTS,
-        {},
+@functools.cache
+def program(case):
+    """`ROUNDS` prunings; the case "averaged" keeps an average of the weights too."""
+    mixed = (averaged(0.4),) if case == "averaged" else ()
+    pruned = iterative_magnitude(SPARSITY, ROUNDS, CASES[case])
+    return make_program(constrain(start(steps=STEPS), pruned, *mixed))
+
+
+def trained(case, seed=0):
+    """Masks, parameters and costs of every round, and the last progress."""
+    own, ends, costs = program(case), [], []
+
+    def ended(progress, title):
+        state = progress.state
+        ends.append((title, arrays(get_masks(state.opt_state)), copy(state.params)))
+
+    watch = Watch(
+        every=1,
+        report=lambda progress, logs: costs.append(logs["macs"]),
+        ended=ended,
     )
-    events = []
+    return ends, costs, train.fit(own, begin(own, seed), images(), watch)
 
-    def fit(state, stop):
-        """Every step adds a random tree; the state that came in is used up."""
-        events.append(("fit", host(state), stop))
-        masks, weights = host(get_masks(state.opt_state)), host(state.params)
-        for step in range(int(state.step), stop):
-            change = random_tree((step, len(events)))
-            weights = {n: (w + change[n]) * masks[n] for n, w in weights.items()}
-        state = state._replace(
-            step=jnp.int32(stop),
-            params=jax.tree.map(jnp.asarray, weights),
-            model_state={"statistics": jnp.float32(stop)},
+
+def literal_rounds(case):
+    """Train, keep, prune and rewind by hand: state at the end of every round."""
+    own, rewinds = program(case), CASES[case]
+    state, early_step = begin(own).state, int(rewinds.fraction * STEPS)
+
+    def advanced(state, stop):
+        steps = stop - int(state.step)
+        return fit(own, state, steps) if steps else state
+
+    early = advanced(state, early_step)
+    state, ends = advanced(early, STEPS), []
+    for number in range(1, ROUNDS + 2):
+        ends.append(state)
+        old = arrays(get_masks(state.opt_state))
+        judged = get_average(state.opt_state, state.params)
+        sparsity = 1 - (1 - SPARSITY) ** (number / ROUNDS)
+        masks = largest_live(arrays(judged), old, sparsity)
+        masks = nested(masks)
+        source = state if rewinds.what == "learning_rate" else early
+        params = source.params
+        if not rewinds.frozen:
+            params = jax.tree.map(lambda w, m: jnp.where(m, w, 0), params, masks)
+        opt_state = early.opt_state
+        if case == "averaged":
+            inner = opt_state.inner._replace(masks=masks)
+            mean = jax.tree.map(lambda w, m: w * m, opt_state.average, masks)
+            opt_state = opt_state._replace(inner=inner, average=mean)
+        else:
+            opt_state = opt_state._replace(masks=masks)
+        rewound = early._replace(
+            params=params, model_state=source.model_state, opt_state=opt_state
         )
-        events.append(("trained", host(state), stop))
-        return state
+        state = advanced(rewound, STEPS)
+    return ends[: ROUNDS + 1]
 
-    def on_round(number, state, ticket):
-        events.append(("round", host(state), number))
 
-    final = find_ticket(fit, first, 5, 2, SPARSITIES[:2], on_round)
-    whole = ["fit", "trained", "round"]
-    assert [event[0] for event in events] == [*whole[:2], *whole, *whole, *whole]
-    calls = [(int(s.step), stop) for kind, s, stop in events if kind == "fit"]
-    assert calls == [(0, 2), (2, 5), (2, 5), (2, 5)]
-    rounds = [(number, s) for kind, s, number in events if kind == "round"]
-    assert [number for number, _ in rounds] == [0, 1, 2]
-    assert_same_bits(final, rounds[-1][1])
+@pytest.mark.parametrize("case", [case for case in CASES if case != "random"])
+def test_every_round_is_that_of_the_loop_by_hand(case):
+    rounds, costs, end = trained(case)
+    by_hand = literal_rounds(case)
+    assert [title for title, _, _ in rounds] == [f"round {n}" for n in range(4)]
+    for (_, masks, params), expected in zip(rounds, by_hand, strict=True):
+        assert_close(params, expected.params)
+        assert_close(masks, get_masks(expected.opt_state))
+    assert_close(end.state, by_hand[-1])
+    # Every round but the first spends what its masks leave, from the early step on.
+    early = int(CASES[case].fraction * STEPS)
+    lengths = [STEPS, *[STEPS - early] * ROUNDS]
+    expected = []
+    for length, (_, masks, _) in zip(lengths, rounds, strict=True):
+        # Frozen weights are in every pass.
+        spent = 3 * (TOTAL if case == "frozen" else sum(live(masks).values()))
+        expected += [spent] * length
+    np.testing.assert_allclose(costs, expected, rtol=1e-6)
 
-    early = events[1][1]
-    starts = [state for kind, state, _ in events if kind == "fit"][2:]
-    masks = host(dense_masks(params))
-    for sparsity, start, (_, trained) in zip(
-        SPARSITIES[:2], starts, rounds, strict=False
+
+@pytest.mark.parametrize("case", ["weights", "frozen", "random"])
+def test_masks_shrink_to_the_exact_sparsities(case):
+    rounds, _, _ = trained(case)
+    for (_, masks, params), sparsity in zip(
+        rounds, [0.0, *round_sparsities(SPARSITY, ROUNDS)], strict=True
     ):
-        masks = largest_live(trained.params, masks, sparsity)
-        expected = early._replace(
-            params={name: w * masks[name] for name, w in early.params.items()},
-            opt_state=early.opt_state._replace(masks=masks),
-        )
-        assert_same_bits(start, expected)
+        assert sum(live(masks).values()) == round((1 - sparsity) * TOTAL)
+        assert masks["head/bias"].all()
+        if case != "frozen":
+            for name in KERNELS:
+                np.testing.assert_array_equal(arrays(params)[name] != 0, masks[name])
+    for (_, before, _), (_, after, _) in itertools.pairwise(rounds):
+        assert all(np.all(before[name] | ~after[name]) for name in KERNELS)
 
 
-def test_without_sparsities_a_ticket_is_the_dense_run(dense_run):
-    first, fit, _ = dense_run
-    rounds = []
-    ticket = find_ticket(
-        fit, copy(first), 6, 3, [], lambda number, state, ticket: rounds.append(number)
-    )
-    assert_same_bits(ticket, fit(copy(first), 6))
-    assert rounds == [0]
+def test_frozen_weights_hold_what_they_are_rewound_to():
+    own = program("frozen")
+    progress = begin(own)
+    early = arrays(fit(own, progress.state, 2).params)
+    _, masks, params = trained("frozen")[0][-1]
+    for name, weights in arrays(params).items():
+        np.testing.assert_array_equal(weights == early[name], ~masks[name])
 
 
-@pytest.mark.parametrize("rewind_step", [-1, 5, 6])
-def test_a_rewind_step_outside_of_the_run_is_refused(rewind_step):
-    begin = TrainState(jnp.int32(0), {}, {}, (), jax.random.key(0), NO_FAULTS, {})
-    with pytest.raises(ValueError, match=f"from 0, .* to 4, got {rewind_step}"):
-        find_ticket(lambda state, step: state, begin, 5, rewind_step, [0.5])
+def test_random_pruning_follows_from_the_seed():
+    masks = [trained("random", seed)[0][-1][1] for seed in (0, 0, 1)]
+    assert_close(masks[0], masks[1])
+    assert (masks[0]["first/kernel"] != masks[2]["first/kernel"]).any()
 
 
-def test_only_the_learning_rate_is_rewound_on_request(dense_run):
-    first, fit, _ = dense_run
-    early = fit(copy(first), 3)
-    trained = fit(copy(early), 8)
-    masks = prune_live(trained.params, get_masks(trained.opt_state), 0.75)
-    expected = host(early)._replace(
-        params={n: w * np.array(masks[n]) for n, w in host(trained.params).items()},
-        model_state=host(trained.model_state),
-        opt_state=host(early.opt_state)._replace(masks=host(masks)),
-    )
-    assert_same_bits(rewind(early, masks, trained), expected)
-    found = find_ticket(fit, copy(first), 8, 3, [0.75], rewinding="learning_rate")
-    assert_same_bits(found, fit(rewind(early, masks, trained), 8))
-
-
-def test_frozen_losers_keep_the_weights_they_are_rewound_to(frozen_run):
-    first, fit, traces = frozen_run
-    early = host(fit(copy(first), 3))
-    found = find_ticket(fit, copy(first), 8, 3, [0.75, 0.9])
-    masks = host(get_masks(found.opt_state))
-    assert sum(masks[name].sum() for name in KERNELS) == round(0.1 * (96 + 60))
-    for name, weights in host(found.params).items():
-        frozen = weights == early.params[name]
-        np.testing.assert_array_equal(frozen, ~masks[name])
-    assert len(traces) == 1
-
-
-def test_a_ticket_is_what_its_round_was_trained_from(dense_run):
-    first, fit, _ = dense_run
-    rounds = []
-
-    def on_round(number, state, ticket):
-        rounds.append((host(state), ticket))
-
-    find_ticket(fit, copy(first), 8, 3, SPARSITIES, on_round)
-    early = host(fit(copy(first), 3))
-    for state, ticket in rounds:
-        masks = host(ticket.masks)
-        assert_same_bits(state.opt_state.masks, masks)
-        expected = {n: w * masks[n] for n, w in early.params.items()}
-        assert_same_bits(ticket.params, expected)
-        assert_same_bits(ticket.model_state, early.model_state)
-
-
-def test_a_new_run_starts_from_a_ticket(dense_run):
-    first, fit, _ = dense_run
-    tickets = []
-    find_ticket(fit, copy(first), 8, 3, [0.9], lambda n, s, t: tickets.append(t))
-    state = start_from(tickets[-1], copy(first))
-    assert int(state.step) == 0
-    assert_same_bits(state.params, tickets[-1].params)
-    assert_same_bits(get_masks(state.opt_state), tickets[-1].masks)
-    masks, after = host(tickets[-1].masks), host(fit(state, 4))
+def test_a_training_starts_from_a_ticket_and_does_not_use_it_up():
+    params, masks = random_tree(3), random_masks(0.2)
+    pruned = {name: w * masks[name] for name, w in params.items()}
+    statistics = {"mean": jnp.ones(SHAPES["first/kernel"][1])}
+    ticket = Ticket(nested(pruned), statistics, nested(masks))
+    own = make_program(constrain(start(steps=4), from_ticket(ticket), kept()))
+    progress = begin(own)
+    assert_close(progress.state.params, pruned)
+    assert_close(progress.state.model_state, statistics)
+    assert_close(get_masks(progress.state.opt_state), masks)
+    after = train.fit(own, progress, images()).state
+    assert_close(get_masks(after.opt_state), masks)
     for name in KERNELS:
-        assert not after.params[name][~masks[name]].any()
-    # The ticket is not used up.
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(tickets))
+        assert not arrays(after.params)[name][~masks[name]].any()
+        assert (arrays(after.params)[name] != pruned[name]).any()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(ticket))
 
 
-def test_random_pruning_is_the_control(dense_run):
-    first, fit, _ = dense_run
-    masks = []
-    for seed in (0, 0, 1):
-        state = copy(first)._replace(key=jax.random.key(seed))
-        found = find_ticket(fit, state, 4, 1, [0.5, 0.75], score=scores.random)
-        masks.append(host(get_masks(found.opt_state)))
-        live = sum(masks[-1][name].sum() for name in KERNELS)
-        assert live == round(0.25 * (96 + 60))
-    assert_same_bits(masks[0], masks[1])
-    assert (masks[0]["first"] != masks[2]["first"]).any()
-
-
-def test_an_unknown_rewinding_is_refused(dense_run):
-    first, fit, _ = dense_run
-    with pytest.raises(ValueError, match="'weights' or 'learning_rate', got 'both'"):
-        find_ticket(fit, copy(first), 5, 2, [0.5], rewinding="both")
-
-
-def test_a_round_prunes_by_the_average_of_the_weights_where_one_is_kept():
-    first = {"kernel": jnp.ones((2, 2))}
-    last, average = ({"kernel": jnp.array([row, [3, 2.0]])} for row in ([9, 1], [1, 8]))
-    inner = sparsify(optax.sgd(0.1), fixed(dense_masks(first)))
-    tx = average_weights(inner)
-    step, key = jnp.zeros((), jnp.int32), jax.random.key(0)
-    state = TrainState(step, first, {}, tx.init(first), key, NO_FAULTS, {})
-
-    def fit(state, stop):
-        opt_state = state.opt_state._replace(average=average)
-        return state._replace(step=jnp.int32(stop), params=last, opt_state=opt_state)
-
-    end = find_ticket(fit, state, 2, 0, [0.75])
-    live = get_masks(end.opt_state)["kernel"]
-    assert live.tolist() == [[False, True], [False, False]]
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: round_sparsities(1.0, 2), "sparsity=1.0, rounds=2"),
+        (lambda: round_sparsities(-0.1, 2), "sparsity=-0.1, rounds=2"),
+        (lambda: iterative_magnitude(0.5, 0), "sparsity=0.5, rounds=0"),
+        (lambda: iterative_magnitude(0.5, 1, Rewinds(1.0)), r"\[0, 1\), got 1.0"),
+        (lambda: iterative_magnitude(0.5, 1, Rewinds(-0.1)), r"\[0, 1\), got -0.1"),
+        (
+            lambda: iterative_magnitude(0.5, 1, Rewinds(what="both")),
+            "rewinding of weights, learning_rate, got 'both'",
+        ),
+    ],
+)
+def test_what_is_out_of_range_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -21,8 +21,8 @@ from test_data_sources import labelled, prepare
 
 from d2sparse import records, train
 from d2sparse.checkpoint import store
-from d2sparse.train import devices
 from d2sparse.study import processes
+from d2sparse.train import devices
 
 UNIT = "rigl-seed0"
 FLAGS = [

@@ -14,7 +14,6 @@ import pytest
 
 from d2sparse import masks, reparam, schedules, scores, train
 from d2sparse.data import Split
-from d2sparse.dual import Coupling, Dual, init_pair
 from d2sparse.models import make_model
 from d2sparse.rules import static
 from d2sparse.transforms import sparsify
@@ -76,7 +75,6 @@ REFUSED = [
     (lambda: reparam.init_thresholds(PARAMS, "-5"), "as `value`, got '-5'"),
     (lambda: reparam.soft_threshold(PARAMS, 0.1), "by path as `thresholds`"),
     (lambda: train.init_state(None, None, None, "key"), "a seed or one key such as"),
-    (lambda: init_pair(None, None, None, 0.5, None), "a seed or one key such as"),
 ]
 
 
@@ -102,13 +100,7 @@ def test_seeds_and_legacy_keys_begin_the_same_run(key):
     data = train.to_device(Split(np.zeros((4, 2, 2, 1), np.uint8), np.arange(4)))
     model = make_model("lenet_300_100", 4, 0.1)
     tx = sparsify(optax.sgd(0.1), static(0.5))
-    networks, optimizers = Dual(model, model), Dual(tx, tx)
-    for init in (
-        lambda key: train.init_state(model, tx, data, key),
-        lambda key: init_pair(networks, optimizers, data, key, Coupling()),
-    ):
-        for found, expected in zip(
-            *map(jax.tree.leaves, (init(key), init(jax.random.key(7)))), strict=True
-        ):
-            assert found.dtype == expected.dtype
-            assert bool(jnp.all(found == expected))
+    states = (train.init_state(model, tx, data, k) for k in (key, jax.random.key(7)))
+    for found, expected in zip(*map(jax.tree.leaves, states), strict=True):
+        assert found.dtype == expected.dtype
+        assert bool(jnp.all(found == expected))

@@ -12,6 +12,7 @@ import runs
 
 from d2sparse import data, models, train
 from d2sparse.constraints import (
+    METHODS,
     STREAM_METHODS,
     Arrival,
     Moves,
@@ -38,7 +39,7 @@ from d2sparse.train import (
     Recipe,
     Watch,
     constrain,
-    fit_phases,
+    fit,
     fit_together,
     lasting,
     make_program,
@@ -63,7 +64,7 @@ OLD = anytime.Config(
     progress=False,
 )
 STREAM = StreamOptions(megabatches=3, epochs=2, tau=3.0, score_batch=5)
-OPTIONS = Options(refresh_interval=2, horizon=6)
+OPTIONS = Options(refresh_interval=2)
 STAGES = 3
 
 
@@ -117,7 +118,7 @@ def learn(made, seed=0, **settings):
         after.append((on_host(progress.state), cost))
 
     watch = Watch(report=report, ended=ended)
-    fit_phases(made, begin(made, seed, **settings), labelled(seed), watch)
+    fit(made, begin(made, seed, **settings), labelled(seed), watch)
     return after
 
 
@@ -163,6 +164,7 @@ def walked(tmp_path_factory):
         config = dataclasses.replace(OLD, methods=names, workdir=workdir, **changes)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(walks.Walk, "depart", watched)
+            patch.setattr(anytime, "report", lambda *_: {})  # Figures take long.
             anytime.run(config)
         return found
 
@@ -308,7 +310,7 @@ def test_a_run_resumes_to_the_bit_between_phases_and_inside(name):
         saved.append((on_host(progress), copied(progress), dict(logs)))
 
     watch = Watch(save_every=1, save=save, begun=lambda progress: save(progress, {}))
-    end = fit_phases(made, begin(made, 1), labelled(1), watch)
+    end = fit(made, begin(made, 1), labelled(1), watch)
     stops = {phase.stop for phase in made.training.phases}
     steps = [int(progress.state.step) for _, progress, _ in saved]
     between = [n for n, step in enumerate(steps) if step in stops]
@@ -316,7 +318,7 @@ def test_a_run_resumes_to_the_bit_between_phases_and_inside(name):
     for number in (*between[1::4], *inside[5::15]):
         known, progress, logs = saved[number]
         assert same(known, progress)
-        again = fit_phases(made, progress, labelled(1), Watch(logs=logs))
+        again = fit(made, progress, labelled(1), Watch(logs=logs))
         assert same(again, end)
 
 
@@ -326,7 +328,7 @@ def test_two_seeds_at_once_are_each_alone():
     each = [labelled(seed) for seed in seeds]
     ends = fit_together(made, both, each, [Watch(), Watch()])
     for seed, end in zip(seeds, ends, strict=True):
-        alone = fit_phases(made, begin(made, seed), labelled(seed))
+        alone = fit(made, begin(made, seed), labelled(seed))
         assert same(get_masks(end.state.opt_state), get_masks(alone.state.opt_state))
         for a, b in zip(
             jax.tree.leaves(end.state.params),
@@ -364,7 +366,7 @@ def test_rates_of_a_run_are_those_of_its_setting():
         rates.append(float(progress.state.settings["learning_rate"]))
 
     run = begin(made, 0, learning_rate=0.02)
-    fit_phases(made, run, labelled(), Watch(begun=begun))
+    fit(made, run, labelled(), Watch(begun=begun))
     # The phase that ends a stage has the rate of its best epoch.
     epochs = [0.02, 0.002]
     for stage in range(STAGES):
@@ -402,6 +404,31 @@ def test_a_best_epoch_that_is_too_dense_is_put_under_the_last_masks(pair):
     assert same(stages._under_last_masks(later, best), later)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["granet", "ac_dc", "top_kast", "sr_ste", "str", "powerprop", "dense_mutual"],
+)
+def test_other_trainings_of_one_phase_learn_on_a_stream(name):
+    within = Options(0.5, refresh_interval=4, growth_samples=0, group=2)
+    inner = METHODS[name].constraints(within)
+    around = stream(STREAM, labelled().labels)
+    made = make_program(constrain(start(), LENGTH, *inner, around))
+    stages_ended = learn(made)
+    assert len(stages_ended) == STAGES
+    for (state, spent), stage in zip(
+        stages_ended, plan(STREAM, labelled().labels, 8), strict=True
+    ):
+        assert int(state.step) == stage.end
+        assert spent > 0
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    used = made.training.masks(state).used
+    network = made.training.network
+    left = sum(live_weights(network, used).values()) / network.weights
+    if name not in ("dense_mutual", "str"):
+        assert left == pytest.approx(0.5, abs=0.01)
+
+
 def test_layers_add_up():
     made = program("app")
     state = begin(made, 0).state
@@ -410,6 +437,14 @@ def test_layers_add_up():
     layers = layer_densities(made.training.network, masks)
     assert layers == {"dense1/kernel": 1.0, "dense2/kernel": 1.0, "head/kernel": 0.1}
     assert live_weights(made.training.network, masks)["head/kernel"] == 10
+
+
+def test_what_is_not_given_follows_from_the_steps_of_the_stream():
+    given = Streamed(Options(growth_samples=0), STREAM, labelled().labels)
+    training = constrain(start(), *STREAM_METHODS["rigl"].constraints(given))
+    refreshes = [step for step in range(52) if training.when(step)]
+    assert refreshes == [25]  # At least 25 steps apart, in the first 39.
+    assert training.settings["sparsity"] == 1 - 0.8**STREAM.tau
 
 
 # Refusals

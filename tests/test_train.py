@@ -15,6 +15,7 @@ from d2sparse.masks import apply_masks, dense_masks
 from d2sparse.models import Model, from_linen, layers
 from d2sparse.rules import MaskRule, fixed, rigl
 from d2sparse.schedules import at, every
+from d2sparse.train.loops import Stretch, take_steps
 from d2sparse.transforms import get_masks, sparsify
 from d2sparse.tree import flatten
 
@@ -298,7 +299,7 @@ def test_loop_and_scan_give_the_same_numbers(data, sparse_run, convolution, netw
 def test_one_trace_serves_every_step_and_every_seed(data, sparse_run):
     run, init, traces, _ = sparse_run
     for seed in range(3):
-        train.fit(run, init(data, seed), data, steps=8, batch_size=BATCH)
+        take_steps(run, init(data, seed), data, Stretch(8, BATCH))
     assert len(traces) == 1
 
 
@@ -308,14 +309,14 @@ def test_one_trace_of_the_scan_serves_every_seed(data):
     run = runner(counting(step, traces), "gpu")
     for seed in range(3):
         state = train.init_state(model, tx, data, jax.random.key(seed))
-        train.fit(run, state, data, steps=8, batch_size=BATCH, every=4)
+        take_steps(run, state, data, Stretch(8, BATCH, every=4))
     assert len(traces) == 1
 
 
 def test_the_state_is_donated_and_the_data_are_not(data, sparse_run):
     run, init, _, _ = sparse_run
     state = init(data)
-    after = train.fit(run, state, data, steps=4, batch_size=BATCH)
+    after = take_steps(run, state, data, Stretch(4, BATCH))
     # jax 0.11 keeps the scalar step, whose buffer it shares with other zeros.
     kept = {path for path, leaf in flatten(state).items() if not leaf.is_deleted()}
     assert kept <= {"step"}
@@ -325,22 +326,22 @@ def test_the_state_is_donated_and_the_data_are_not(data, sparse_run):
 @pytest.mark.parametrize("stop", [2, 3, 4])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(data, sparse_run, stop):
     run, init, _, _ = sparse_run
-    whole = train.fit(run, init(data), data, steps=8, batch_size=BATCH)
-    part = train.fit(run, init(data), data, steps=stop, batch_size=BATCH, every=3)
+    whole = take_steps(run, init(data), data, Stretch(8, BATCH))
+    part = take_steps(run, init(data), data, Stretch(stop, BATCH, every=3))
     assert int(part.step) == stop
-    resumed = train.fit(run, copy(part), data, steps=8, batch_size=BATCH, every=5)
+    resumed = take_steps(run, copy(part), data, Stretch(8, BATCH, every=5))
     assert int(resumed.step) == 8
     assert_same_bits(resumed, whole)
 
 
 def test_the_key_decides_the_run(data, sparse_run):
     run, init, _, _ = sparse_run
-    first = train.fit(run, init(data, 1), data, steps=4, batch_size=BATCH)
-    again = train.fit(run, init(data, 1), data, steps=4, batch_size=BATCH)
+    first = take_steps(run, init(data, 1), data, Stretch(4, BATCH))
+    again = take_steps(run, init(data, 1), data, Stretch(4, BATCH))
     assert_same_bits(again, first)
     # Same weights, other run key: other batches and augmentation.
     rekeyed = init(data, 1)._replace(key=jax.random.key(2))
-    other = train.fit(run, rekeyed, data, steps=4, batch_size=BATCH)
+    other = take_steps(run, rekeyed, data, Stretch(4, BATCH))
     assert np.any(other.params["head"]["kernel"] != first.params["head"]["kernel"])
 
 
@@ -349,7 +350,7 @@ def test_masks_move_at_a_refresh_alone_and_prune_exactly(data, sparse_run):
     state, moved = init(data), []
     for step in range(8):
         before = arrays(get_masks(state.opt_state))
-        state = train.fit(run, state, data, steps=step + 1, batch_size=BATCH)
+        state = take_steps(run, state, data, Stretch(step + 1, BATCH))
         after = arrays(get_masks(state.opt_state))
         if any(np.any(before[path] != after[path]) for path in before):
             moved.append(step)
@@ -382,8 +383,11 @@ def test_reports_come_at_multiples_with_the_mean_since_the_last(
 
     state = bare_state(start)
     stream = train.step_indices(state._replace(step=0), data, 8, BATCH)
-    state = train.fit(
-        run, state, data, steps, BATCH, interval, lambda *args: reports.append(args)
+    state = take_steps(
+        run,
+        state,
+        data,
+        Stretch(steps, BATCH, interval, lambda *args: reports.append(args)),
     )
     assert int(state.step) == max(steps, start)
     assert [report[0] for report in reports] == stops
@@ -481,9 +485,9 @@ def test_a_nan_at_a_refresh_ends_the_run(data):
     tx = sparsify(optax.sgd(0.1), rigl(0.5), at([4]))
     state = train.init_state(model, tx, data, jax.random.key(0))
     run = train.make_runner(train.make_train_step(loss, tx, growth_samples=SIZE))
-    state = train.fit(run, state, data, steps=4, batch_size=BATCH)
+    state = take_steps(run, state, data, Stretch(4, BATCH))
     with pytest.raises(FloatingPointError, match=r"update of step 4 .* refresh"):
-        train.fit(run, state, data, steps=6, batch_size=BATCH)
+        take_steps(run, state, data, Stretch(6, BATCH))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 512])
@@ -563,17 +567,13 @@ def recorded_fit(run, state, data, steps=9, stop_after=None, **options):
         saves.append((host_copy(state), {k: list(v) for k, v in logs.items()}))
 
     try:
-        state = train.fit(
+        state = take_steps(
             run,
             state,
             data,
-            steps,
-            BATCH,
-            4,
-            report,
-            save=save,
-            interrupted=interrupted,
-            **options,
+            Stretch(
+                steps, BATCH, 4, report, save=save, interrupted=interrupted, **options
+            ),
         )
     except KeyboardInterrupt:
         state = None

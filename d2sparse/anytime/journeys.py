@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2sparse.train import TrainState
-from d2sparse.transforms import SparsifyState, sparse_states
+from d2sparse.transforms import FreezeState, SparsifyState, mask_states
 
 StageSchedule = Literal["step", "cosine", "constant"]
 STAGE_SCHEDULES: tuple[StageSchedule, ...] = get_args(StageSchedule)
@@ -123,20 +123,23 @@ def go_on_from(
         `state`, as if weights and moments belonged together.
     """
 
+    def has_masks(node: Any) -> bool:
+        return isinstance(node, SparsifyState | FreezeState)
+
     def joined(now: Any, chosen: Any, new: Any) -> Any:
-        if not isinstance(now, SparsifyState):
+        if not has_masks(now):
             return chosen
         return now._replace(masks=chosen.masks, inner=new.inner)
 
     moments = (state if fresh is None else fresh).opt_state
     opt_state = moments  # All of it, where there are no masks.
-    if sparse_states(state.opt_state):
+    if mask_states(state.opt_state):
         opt_state = jax.tree.map(
             joined,
             state.opt_state,
             best.opt_state,
             moments,
-            is_leaf=lambda node: isinstance(node, SparsifyState),
+            is_leaf=has_masks,
         )
     return _copy(
         best._replace(step=state.step, faults=state.faults, opt_state=opt_state)

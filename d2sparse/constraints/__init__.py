@@ -9,22 +9,17 @@
 `lottery`: train, prune, rewind, repeat. `soups`: retrain several times and average.
 `ensembles`: several networks out of one training.
 `distilled`: a network learns from one that was trained before it.
-`coupled`: two networks teach each other (D2-Sparse).
+`coupled`: two networks teach each other (D2-Sparse); `paired`: under one budget.
 `averaging`, `pacing`: the average of the weights, the learning-rate schedule.
-`streams`: data arrive in megabatches (anytime learning), and STREAM_METHODS by name;
+`streams`: data arrive in megabatches (anytime learning);
 `timetables`, `arrivals`, `stages`: what arrives when, pruning by it, the phases.
+`stream_methods`: STREAM_METHODS, all that is compared on streams, by name.
 `methods`: METHODS, all of these by name, built from `options.Options`.
 """
 
 from d2sparse.constraints.arrivals import Arrival
 from d2sparse.constraints.averaging import averaged
-from d2sparse.constraints.coupled import (
-    Learners,
-    consolidated,
-    coupled,
-    pair_masks,
-    paired,
-)
+from d2sparse.constraints.coupled import coupled, pair_masks
 from d2sparse.constraints.distilled import distilled, finished
 from d2sparse.constraints.ensembles import free_tickets
 from d2sparse.constraints.growing import (
@@ -51,12 +46,12 @@ from d2sparse.constraints.masked import Structure, last_refresh
 from d2sparse.constraints.methods import METHODS, MIXES, Method
 from d2sparse.constraints.options import Options
 from d2sparse.constraints.pacing import paced
+from d2sparse.constraints.paired import Learners, consolidated, paired
 from d2sparse.constraints.pruning import ac_dc, gradual, granet, movement, one_shot
 from d2sparse.constraints.scored import fisher, grasp, snip, synflow, wanda
 from d2sparse.constraints.soups import souped, swamp
+from d2sparse.constraints.stream_methods import STREAM_METHODS, Streamed
 from d2sparse.constraints.streams import (
-    STREAM_METHODS,
-    Streamed,
     as_long_as_stream,
     layer_densities,
     live_weights,

@@ -7,25 +7,24 @@ that there are two networks.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from d2sparse import distributions, losses, metrics, rules
-from d2sparse.constraints.averaging import averaged
-from d2sparse.constraints.growing import Moves, moving
-from d2sparse.constraints.masked import Structure
-from d2sparse.constraints.pacing import paced
-from d2sparse.dual import Consolidation, Coupling, Dual, Trace, split_sparsity
-from d2sparse.dual.consolidation import begin_trace, consolidate
-from d2sparse.dual.step import apart, discourage, pair_logs, trust
+from d2sparse import losses, metrics
+from d2sparse.dual import (
+    Coupling,
+    Dual,
+    Trace,
+    joint,
+    joint_masks,
+    joint_state,
+    trust,
+)
 from d2sparse.masks import Selection, apply_masks, select
 from d2sparse.models import Model
-from d2sparse.rules import MaskRule
-from d2sparse.rules.base import suited
-from d2sparse.schedules import every, refresh_stop
 from d2sparse.train import (
     Constraint,
     Context,
@@ -43,19 +42,11 @@ from d2sparse.train import (
     growth_share,
     init_state,
     inputs,
-    live_masks,
     make_program,
+    step_macs,
     take,
 )
-from d2sparse.transforms import get_masks, set_masks, sparse_states
-from d2sparse.tree import Prunable, PyTree
-
-
-class JointState(NamedTuple):
-    """State of the joint optimiser: that of each learner."""
-
-    fast: Any
-    slow: Any
+from d2sparse.tree import Prunable
 
 
 def coupled(
@@ -106,247 +97,9 @@ def coupled(
     return constrained
 
 
-class Learners(NamedTuple):
-    """How the learners of a pair of sparse networks are trained.
-
-    Attributes:
-      preset: "averaged", both keep the learning rate and average their weights over the
-        tail; "symmetric", both anneal it; "constant", as averaged without the average;
-        "fast_slow", the fast one keeps half of the rate and moves half of its mask, the
-        slow one anneals and moves a tenth at every fourth refresh.
-      interval: steps between two refreshes of the fast learner's mask.
-      growth_samples: examples of a growth gradient; 0 for those of the step.
-      tail: part of the training that preset "averaged" averages, in (0, 1].
-      horizon: steps that a slow learner reaches back which consolidates the fast one;
-        None where both are trained by gradient.
-      rule: how the masks move, "rigl", "set" or "static".
-    """
-
-    preset: str = "averaged"
-    interval: int = 100
-    growth_samples: int = 1024
-    tail: float = 0.25
-    horizon: float | None = None
-    rule: str = "rigl"
-
-
-def paired(
-    sparsity: float,
-    learners: Learners | None = None,
-    coupling: Coupling | None = None,
-    structure: Structure | None = None,
-) -> Constraint:
-    """D2-Sparse of two sparse networks that share the weights of one between them.
-
-    Args:
-      sparsity: fraction of zeros of one network that has the weights of both.
-      learners: how they are trained.
-      coupling: how they influence each other.
-      structure: which masks are possible; shared by ERK if it names no distribution.
-
-    Raises:
-      ValueError: an unknown preset, or an average of a pair that consolidates.
-    """
-    own = learners or Learners()
-    if own.rule not in _RULES:
-        raise ValueError(f"expected rule of {', '.join(_RULES)}, got {own.rule!r}")
-    if own.preset not in ("averaged", "symmetric", "fast_slow", "constant"):
-        raise ValueError(
-            "expected preset of averaged, symmetric, fast_slow, constant, got "
-            f"{own.preset!r}"
-        )
-    if own.horizon is not None and own.preset == "averaged":
-        raise ValueError(
-            "expected no average of a pair that consolidates, whose slow learner is "
-            "one, got preset averaged; choose --preset=fast_slow"
-        )
-
-    def grown(sparsity: float, moves: Moves) -> Constraint:
-        grow = moving(own.rule, _RULES[own.rule], sparsity, moves, structure)
-        # The others need no growth gradients.
-        samples = moves.growth_samples if own.rule == "rigl" else 0
-        return lambda training: grow(training)._replace(growth_samples=samples)
-
-    def constrained(training: Training) -> Training:
-        halves = split_sparsity(training.network.weights, sparsity)
-        two = own.preset == "fast_slow"
-        plain, slower = (own.interval, 4 * own.interval if two else own.interval)
-        fast_moves = Moves(plain, 0.5 if two else 0.3, own.growth_samples)
-        slow_moves = Moves(slower, 0.1 if two else 0.3, own.growth_samples)
-        stays = () if own.preset == "symmetric" else (paced("constant"),)
-        tail = (averaged(own.tail),) if own.preset == "averaged" else ()
-        fast = (*stays, grown(halves.fast, fast_moves), *tail)
-        slow = (*stays, grown(halves.slow, slow_moves), *tail)
-        if two:
-            fast = (paced("constant", 0.5), grown(halves.fast, fast_moves))
-            slow = (paced("cosine"), grown(halves.slow, slow_moves))
-        elif own.preset == "symmetric":
-            fast, slow = ((paced("cosine"), *side) for side in (fast, slow))
-        if own.horizon is not None:
-            slow = (consolidated(halves.slow, own.horizon, slower, structure),)
-        possible = (structure or Structure()).selection
-        return coupled(tuple(fast), tuple(slow), coupling, possible)(training)
-
-    return constrained
-
-
-def _static(sparsity: Any, drop_fraction: Any, **shared: Any) -> MaskRule:
-    del drop_fraction
-    return rules.static(sparsity, **shared)
-
-
-_RULES: dict[str, Callable[..., MaskRule]] = {
-    "rigl": rules.rigl,
-    "set": rules.set_,
-    "static": _static,
-}
-
-
-def consolidated(
-    sparsity: float,
-    horizon: float,
-    interval: int = 100,
-    structure: Structure | None = None,
-) -> Constraint:
-    """A slow learner that is a masked running average of the fast one.
-
-    It has no loss of its own; its mask is drawn anew from the largest weights of the
-    average. For the slow side of `coupled`.
-
-    Args:
-      sparsity: fraction of zeros of the slow learner, in [0, 1).
-      horizon: steps the average reaches back, at least 1.
-      interval: steps between two draws of the mask, in the first three quarters.
-      structure: which masks are possible; shared by ERK if it names no distribution.
-
-    Raises:
-      ValueError: the horizon is below 1.
-    """
-    if not horizon >= 1:
-        raise ValueError(f"expected a horizon of at least 1 step, got {horizon}")
-
-    def constrained(training: Training) -> Training:
-        when = every(interval, refresh_stop(training.horizon))
-        own = structure or Structure()
-        share = suited(own.distribution, own.selection, distributions.erk)
-        how = Consolidation(sparsity, 1 - 1 / horizon, when, share, own.selection)
-        claimed = claim(training, "the masks", "consolidated")
-        return claimed._replace(transform=lambda rate, settings, key: how, when=when)
-
-    return constrained
-
-
-def joint(
-    txs: Dual,
-    kappa: float,
-    key: Any,
-    prunable: Prunable,
-    selection: Selection = select,
-) -> optax.GradientTransformationExtraArgs:
-    """Two optimisers as one of a `Dual` tree, each growing where the other is not.
-
-    Args:
-      txs: optimisers of the learners; a `Consolidation` for a slow one that has none.
-      kappa: coupling of the masks, in [-1, 1].
-      key: of the slow learner's first mask, where masks are coupled.
-      prunable: which leaves may be pruned.
-      selection: which masks may be drawn then.
-    """
-    consolidates = isinstance(txs.slow, Consolidation)
-    fast_tx = optax.with_extra_args_support(txs.fast)
-    slow_tx = None if consolidates else optax.with_extra_args_support(txs.slow)
-
-    def init(params: Dual) -> JointState:
-        fast = fast_tx.init(params.fast)
-        if slow_tx is None:
-            begun = apply_masks(params.fast, get_masks(fast))
-            return JointState(fast, begin_trace(begun, txs.slow, prunable)[0])
-        slow = slow_tx.init(params.slow)
-        if not kappa:
-            return JointState(fast, slow)
-        if not sparse_states(fast) or not sparse_states(slow):
-            raise ValueError(
-                "expected two sparse learners, since their masks are coupled, got a "
-                "dense one; set the mask coupling to 0 (--mask_coupling=0)"
-            )
-        both = (get_masks(slow), get_masks(fast))
-        masks = apart(*both, kappa, key, prunable, selection)
-        return JointState(fast, set_masks(slow, masks))
-
-    def learn(
-        which: str,
-        tx: Any,
-        updates: Dual,
-        state: Any,
-        params: Dual,
-        peer: PyTree,
-        **extra: Any,
-    ) -> tuple[PyTree, Any]:
-        """The update of one learner, its growth scores discouraged by the peer."""
-        growth_fn, grad_fn = extra.pop("growth_fn", None), extra.pop("grad_fn", None)
-        refresh = extra.pop("refresh", None)
-        if refresh is not None:
-            extra["refresh"] = getattr(refresh, which)
-        if sparse_states(state):
-            grads = growth_fn or (lambda: updates)
-            extra["growth_fn"] = lambda: discourage(
-                getattr(grads(), which), peer, kappa
-            )
-        if grad_fn is not None:
-            extra["grad_fn"] = lambda own, number: getattr(
-                grad_fn(params._replace(**{which: own}), number), which
-            )
-        return tx.update(
-            getattr(updates, which), state, getattr(params, which), **extra
-        )
-
-    def update(
-        updates: Dual, state: JointState, params: Dual, **extra: Any
-    ) -> tuple[Dual, JointState]:
-        slow_masks = _slow_masks(params, state)
-        fast_up, fast = learn(
-            "fast", fast_tx, updates, state.fast, params, slow_masks, **extra
-        )
-        if slow_tx is not None:
-            fast_masks = live_masks(params.fast, fast)
-            slow_up, slow = learn(
-                "slow", slow_tx, updates, state.slow, params, fast_masks, **extra
-            )
-            return Dual(fast_up, slow_up), JointState(fast, slow)
-        (before,) = sparse_states(state.fast)
-        after = optax.apply_updates(params.fast, fast_up)
-        followed, trace = consolidate(
-            state.slow, after, get_masks(fast), before.step, txs.slow, prunable
-        )
-        moved = jax.tree.map(jnp.subtract, followed, params.slow)
-        return Dual(fast_up, moved), JointState(fast, trace)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
 def pair_masks(state: TrainState) -> Dual:
     """The masks of both learners."""
-    found = joint_state(state.opt_state)
-    return Dual(
-        live_masks(state.params.fast, found.fast), _slow_masks(state.params, found)
-    )
-
-
-def joint_state(opt_state: PyTree) -> JointState:
-    """The state of the joint optimiser, however deep it is nested in another one."""
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_joint)
-    (found,) = [node for node in nodes if _is_joint(node)]
-    return found
-
-
-def _is_joint(node: Any) -> bool:
-    return isinstance(node, JointState)
-
-
-def _slow_masks(params: Dual, state: JointState) -> PyTree:
-    if isinstance(state.slow, Trace):
-        return state.slow.masks
-    return live_masks(params.slow, state.slow)
+    return joint_masks(state.params, joint_state(state.opt_state))
 
 
 def _forward(two: Dual, coupling: Coupling, plain: Training) -> dict[str, Any]:
@@ -410,7 +163,18 @@ def _loss(
     value = learner("fast", "slow", coupling.fast)
     if not _consolidates(two):
         value += learner("slow", "fast", coupling.slow)
-    return value, pair_logs(outputs, batch.labels)
+    return value, _logs(outputs, batch.labels)
+
+
+def _logs(logits: Dual, labels: jax.Array) -> Metrics:
+    """Metrics of a step: both losses, accuracy of the ensemble, disagreement."""
+    fast, slow = (jax.nn.softmax(x.astype(jnp.float32)) for x in logits)
+    return {
+        "loss": jnp.mean(losses.cross_entropy(logits.fast, labels)),
+        "loss_slow": jnp.mean(losses.cross_entropy(logits.slow, labels)),
+        "train_accuracy": metrics.accuracy(fast + slow, labels),
+        "disagreement": metrics.disagreement(logits.fast, logits.slow),
+    }
 
 
 def _optimiser(
@@ -525,12 +289,21 @@ def _account(two: Dual, plain: Training) -> dict[str, Any]:
             if number == 1 and _consolidates(two):
                 spent += sparse
                 continue
-            spent += 3 * sparse
+            spent += 3 * sparse + further(state, number, t)
             if t.growth_samples:
                 batch = 2 * sparse + network.dense_macs + peer
                 grown = growth_share(t, size) * batch
                 spent += jnp.where(due[number], grown, 0.0)
         return spent
+
+    def further(state: TrainState, number: int, t: Training) -> Any:
+        """What a learner's step costs besides its gradient, such as sharpness."""
+        alone = state._replace(
+            params=state.params[number],
+            model_state=state.model_state[number],
+            opt_state=joint_state(state.opt_state)[number],
+        )
+        return t.cost(t, alone, 0) - step_macs(t, alone)
 
     def two_due(step: jax.Array) -> list[Any]:
         return [False if t.when is None else t.when(step) for t in two]

@@ -10,6 +10,7 @@ from d2sparse import dual, losses, lottery
 from d2sparse.constraints.coupled import pair_masks
 from d2sparse.constraints.lottery import kept
 from d2sparse.dual import Dual
+from d2sparse.reparam import nonzero_masks
 from d2sparse.train import (
     Constraint,
     Context,
@@ -23,6 +24,7 @@ from d2sparse.train import (
     TrainState,
     claim,
     constrain,
+    forward_macs,
     lasting,
     log_mean,
     with_teachers,
@@ -144,8 +146,10 @@ def taught(
 
     def cost(outer: Training, state: TrainState, size: int) -> Any:
         inside = state._replace(model_state=state.model_state.own)
+        known = [own.params for own in state.model_state.teachers]
+        live = [nonzero_masks(own, training.network.prunable) for own in known]
         spent = training.cost(outer, inside, size)
-        return spent + teachers * training.network.dense_macs
+        return spent + forward_macs(training.network, live)
 
     return student._replace(model=with_teachers(model, teachers), loss=loss, cost=cost)
 

@@ -1,7 +1,7 @@
 """Lottery tickets: train, prune, take early weights again, and repeat."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,8 @@ def iterative_magnitude(
 
     Every round removes the same part of the live weights, the smallest of all leaves
     together, and trains the others again from their weights of an early step. Every
-    round is a titled phase. From Frankle and Carbin (arXiv 1803.03635, 1912.05671).
+    round is a titled phase; memory["ticket"] is what it is trained from. From Frankle
+    and Carbin (arXiv 1803.03635, 1912.05671).
 
     Args:
       sparsity: fraction of zeros after the last pruning, in [0, 1).
@@ -67,11 +68,16 @@ def iterative_magnitude(
             f"expected a rewind_fraction in [0, 1), got {chosen.fraction}; 0 rewinds "
             "to the initial weights"
         )
+    if chosen.what not in get_args(Rewinding):
+        raise ValueError(
+            f"expected rewinding of {', '.join(get_args(Rewinding))}, got "
+            f"{chosen.what!r}"
+        )
     sparsities = lottery.round_sparsities(sparsity, rounds)
 
     def constrained(training: Training) -> Training:
         def begin(progress: Progress, data: Data) -> Progress:
-            return remember(training.begin(progress, data), "early")
+            return _with_ticket(remember(training.begin(progress, data), "early"))
 
         def prune(
             progress: Progress,
@@ -91,7 +97,9 @@ def iterative_magnitude(
                 jax.random.fold_in(early.key, number),
             )
             kept = state if chosen.what == "learning_rate" else None
-            return progress._replace(state=lottery.rewind(early, masks, kept))
+            return _with_ticket(
+                progress._replace(state=lottery.rewind(early, masks, kept))
+            )
 
         steps, dense = training.horizon, dense_masks(training.network.params)
         wrap = freeze if chosen.frozen else sparsify
@@ -156,4 +164,12 @@ def remember(progress: Progress, name: str) -> Progress:
 
 def _keep_early(progress: Progress, data: Data, program: Program) -> Progress:
     del data, program
-    return remember(progress, "early")
+    return _with_ticket(remember(progress, "early"))
+
+
+def _with_ticket(progress: Progress) -> Progress:
+    """The progress with its weights and masks in the memory, as a ticket."""
+    state = progress.state
+    ticket = Ticket(state.params, state.model_state, get_masks(state.opt_state))
+    copied = jax.tree.map(jnp.copy, ticket)
+    return progress._replace(memory={**progress.memory, "ticket": copied})

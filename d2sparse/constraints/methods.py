@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 from d2sparse import scores
 from d2sparse.constraints import equal_costs, latent, pruning, scored, soups
 from d2sparse.constraints.averaging import averaged
-from d2sparse.constraints.coupled import Learners, coupled, paired
+from d2sparse.constraints.coupled import coupled
 from d2sparse.constraints.distilled import distilled, finished
 from d2sparse.constraints.ensembles import free_tickets
 from d2sparse.constraints.growing import rigl, set_, sparse_momentum, static
 from d2sparse.constraints.lottery import iterative_magnitude, kept
 from d2sparse.constraints.options import Options
+from d2sparse.constraints.paired import Learners, paired
 from d2sparse.dual import Coupling
 from d2sparse.train import Constraint
 
@@ -29,7 +30,7 @@ class Method(NamedTuple):
 
     Attributes:
       constraints: options -> what the plain training is put under; of the methods on a
-        stream, `streams.Streamed` -> that.
+        stream, `stream_methods.Streamed` -> that.
       sets: flags that it sets, by name; a value may be a function of what is known
         before the training is made, see `equal_costs`.
       tries: values to try when it is tuned, by flag, besides learning rate and weight
@@ -112,7 +113,8 @@ _ANNEALED = {"preset": "symmetric"}
 _FOLLOWED = {"preset": "fast_slow"}
 _CAPPED = {
     "steps": equal_costs.steps_of_rounds,
-    "rounds": equal_costs.CAPPED_ROUNDS,
+    # A function, which --rounds of other methods does not contradict.
+    "rounds": lambda known: equal_costs.CAPPED_ROUNDS,
 }
 
 # What every method can be mixed with.

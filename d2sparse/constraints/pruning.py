@@ -1,5 +1,7 @@
 """Dense at first, and pruned while the weights train."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -66,19 +68,8 @@ def gradual(
       structure: which masks are possible; all leaves compete if it names no
         distribution.
     """
-
-    def constrained(training: Training) -> Training:
-        own = shared(training, structure)
-        last = last_refresh(training.horizon, interval)
-        when = refreshes(training, interval)
-        return under_masks(
-            with_sparsity(training, sparsity),
-            "gradual",
-            lambda s: rules.gradual(cubic(s["sparsity"], last), score, **own),
-            when,
-        )
-
-    return constrained
+    rule = functools.partial(rules.gradual, score=score)
+    return _rising("gradual", rule, sparsity, interval, structure)
 
 
 def movement(
@@ -89,19 +80,7 @@ def movement(
     From Sanh et al. (arXiv 2005.07683), see `d2sparse.rules.movement`. Arguments as in
     `gradual`.
     """
-
-    def constrained(training: Training) -> Training:
-        own = shared(training, structure)
-        last = last_refresh(training.horizon, interval)
-        when = refreshes(training, interval)
-        return under_masks(
-            with_sparsity(training, sparsity),
-            "movement",
-            lambda s: rules.movement(cubic(s["sparsity"], last), **own),
-            when,
-        )
-
-    return constrained
+    return _rising("movement", rules.movement, sparsity, interval, structure)
 
 
 def granet(
@@ -125,19 +104,12 @@ def granet(
     chosen = moves or Moves()
 
     def constrained(training: Training) -> Training:
-        own = shared(training, structure)
-        last = last_refresh(training.horizon, chosen.interval)
-        when = refreshes(training, chosen.interval)
         drop = cosine(chosen.drop_fraction, refresh_stop(training.horizon))
-
-        def rule(settings: Settings) -> MaskRule:
-            goal = settings["sparsity"]
-            begin: Any = jnp.minimum(start_sparsity, goal)
-            return rules.granet(cubic(goal, last, start=begin), drop, **own)
-
-        sparse = with_sparsity(training, sparsity)
-        masked = under_masks(sparse, "granet", rule, when)
-        return masked._replace(growth_samples=chosen.growth_samples)
+        rule = functools.partial(rules.granet, drop_fraction=drop)
+        grow = _rising(
+            "granet", rule, sparsity, chosen.interval, structure, start_sparsity
+        )
+        return grow(training)._replace(growth_samples=chosen.growth_samples)
 
     return constrained
 
@@ -170,5 +142,30 @@ def ac_dc(sparsity: float, structure: Structure | None = None) -> Constraint:
             lambda s: rules.ac_dc(s["sparsity"], phases, **own),
             every(length, stop=last + 1),
         )
+
+    return constrained
+
+
+def _rising(
+    who: str,
+    rule: Callable[..., MaskRule],
+    sparsity: float,
+    interval: int,
+    structure: Structure | None,
+    start: float = 0.0,
+) -> Constraint:
+    """A rule under a sparsity that rises along a cubic up to the last refresh."""
+
+    def constrained(training: Training) -> Training:
+        own = shared(training, structure)
+        last = last_refresh(training.horizon, interval)
+
+        def rising(settings: Settings) -> MaskRule:
+            goal = settings["sparsity"]
+            begin: Any = jnp.minimum(start, goal) if start else 0.0
+            return rule(cubic(goal, last, start=begin), **own)
+
+        sparse = with_sparsity(training, sparsity)
+        return under_masks(sparse, who, rising, refreshes(training, interval))
 
     return constrained

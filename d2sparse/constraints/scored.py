@@ -21,6 +21,7 @@ from d2sparse.train import (
     Progress,
     Training,
     TrainState,
+    check_finite,
     growth_batch,
 )
 from d2sparse.transforms import get_masks
@@ -133,6 +134,7 @@ def wanda(
             t = program.training
             x = t.inputs(_sample(state, data, samples), None)
             entering = kernel_inputs(t.model, state.params, state.model_state, x)
+            check_finite(entering, "activations", state)
             rule = rules.one_shot(sparsity, scores.wanda(entering), **own)
             pruned = lottery.rewind(state, _prune_once(state, rule))
             return progress._replace(state=pruned)

@@ -11,9 +11,8 @@ from d2sparse import anytime, metrics
 from d2sparse import data as streamed
 from d2sparse.anytime import Stage
 from d2sparse.constraints.arrivals import Arrival, Prune, new_network, sample_of
-from d2sparse.constraints.coupled import joint_state
 from d2sparse.constraints.timetables import StreamOptions, timetable_of
-from d2sparse.dual import Dual
+from d2sparse.dual import Dual, joint_state
 from d2sparse.train import Data, Phase, Program, Progress, Training, TrainState, take
 from d2sparse.transforms import SparsifyState, sparse_states, zero_pruned
 

@@ -14,59 +14,45 @@ arXiv 2201.12604).
     L_slow = CE(z_slow, y) + lambda_slow(t) tau^2 KL(sg q_fast || q_slow)
 
 with `q = softmax(z / tau)` and `sg` stopping the gradient. Both terms use the logits of
-the same step, before either update. Each network has its own transformation, so that
-the budget of one is never spent by the other. Of the presets of `make_plans`,
-`"averaged"` is the one to start from: it was the best in `experiments.low_data`.
+the same step, before either update. Each network has its own optimiser, so that the
+budget of one is never spent by the other.
+
+Here are the pure functions. A pair of any constraints is trained by
+`d2sparse.constraints.coupled`; a pair of sparse networks under the budget of one by
+`d2sparse.constraints.paired`, whose preset "averaged" is the one to start from: it was
+the best in `experiments.low_data`.
+
+`coupling`: how two learners influence each other; where their masks may grow.
+`consolidation`: the slow learner as the running average of the fast one.
+`joining`: two optimisers as one Optax transformation.
+`pair`, `merging`: two learners under one budget, and one network out of the two.
 """
 
-from d2sparse.dual.consolidation import consolidate
-from d2sparse.dual.merging import merge
-from d2sparse.dual.pair import (
+from d2sparse.dual.consolidation import (
     Consolidation,
-    Coupling,
-    Dual,
     Trace,
-    get_pair_masks,
-    headline,
-    pair_macs,
-    pair_predictions,
-    settle_pair,
-    split_sparsity,
-    stored_numbers,
+    begin_trace,
+    consolidate,
 )
-from d2sparse.dual.presets import (
-    MODES,
-    PRESETS,
-    MakeOptimizer,
-    MakeRule,
-    Plan,
-    make_plans,
-    make_transforms,
-)
-from d2sparse.dual.step import discourage, init_pair, make_dual_step
+from d2sparse.dual.coupling import Coupling, apart, discourage, trust
+from d2sparse.dual.joining import JointState, joint, joint_masks, joint_state
+from d2sparse.dual.merging import merge
+from d2sparse.dual.pair import Dual, split_sparsity
 
 __all__ = [
-    "MODES",
-    "PRESETS",
     "Consolidation",
     "Coupling",
     "Dual",
-    "MakeOptimizer",
-    "MakeRule",
-    "Plan",
+    "JointState",
     "Trace",
+    "apart",
+    "begin_trace",
     "consolidate",
     "discourage",
-    "get_pair_masks",
-    "headline",
-    "init_pair",
-    "make_dual_step",
-    "make_plans",
-    "make_transforms",
+    "joint",
+    "joint_masks",
+    "joint_state",
     "merge",
-    "pair_macs",
-    "pair_predictions",
-    "settle_pair",
     "split_sparsity",
-    "stored_numbers",
+    "trust",
 ]

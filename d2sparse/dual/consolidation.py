@@ -1,13 +1,46 @@
 """The slow learner as a masked running average of the fast one."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from d2sparse import scores, tree
-from d2sparse.dual.pair import Consolidation, Trace
-from d2sparse.masks import apply_masks, count, dense_masks
+from d2sparse import distributions, scores, tree
+from d2sparse.distributions import Distribution
+from d2sparse.masks import Selection, apply_masks, count, dense_masks, select
+from d2sparse.schedules import When
 from d2sparse.scores.local import widen
 from d2sparse.tree import Prunable, PyTree, is_kernel
+
+
+class Consolidation(NamedTuple):
+    """How the slow learner follows the fast one, in place of an optimiser.
+
+    Attributes:
+      sparsity: fraction of zeros of the slow learner.
+      decay: alpha in [0, 1) of the running average; its horizon is `1 / (1 - alpha)`.
+      when: step -> bool, when the slow learner's mask is drawn anew.
+      distribution: how its leaves share the live weights.
+      selection: which patterns may be live.
+    """
+
+    sparsity: float
+    decay: float
+    when: When
+    distribution: Distribution = distributions.erk
+    selection: Selection = select
+
+
+class Trace(NamedTuple):
+    """State of a consolidating slow learner.
+
+    Attributes:
+      average: running average of the fast learner's parameters.
+      masks: which of them the slow learner uses.
+    """
+
+    average: PyTree
+    masks: PyTree
 
 
 def begin_trace(

@@ -23,7 +23,7 @@ def merge(
     whole. It halves the cost of inference, and makes sense where the two lie in one
     basin: a slow learner that consolidates the fast one does, two that are trained from
     weights of their own do not, their hidden units being in another order. Statistics
-    of normalisations have to be taken anew, see `train.make_statistics`. Half precision
+    of normalisations have to be taken anew, see `train.Program`. Half precision
     is averaged and ranked in float32, and rounded once.
 
     Args:

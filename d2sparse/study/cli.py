@@ -18,7 +18,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -207,16 +207,30 @@ def _add_flags(parser: argparse.ArgumentParser, config_type: type) -> list[str]:
     for field in [field for field in fields if field.name != "axes"]:
         owner = _owner(config_type, field.name)
         groups.setdefault(owner, []).append(field)
-    has_axes = any(field.name == "axes" for field in fields)
+    several = _axes_of(config_type)
     bases = inspect.getmro(config_type)
     for owner in [cls for cls in (bases[0], *bases[:0:-1]) if cls in groups]:
         doc = (owner.__doc__ or "").partition("\n")[0].rstrip(".")
         group = parser.add_argument_group(doc.lower())
         for field in groups[owner]:
             name = field.name.rstrip("_")
-            _add_flag(group, config_type, field, has_axes)
+            _add_flag(group, config_type, field, several.get(field.name))
             names.append(name)
     return names
+
+
+def _axes_of(config_type: type) -> dict[str, tuple[Any, ...]]:
+    """The flags that may have several values, with those of axes by default."""
+    fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(config_type)}
+    if "axes" not in fields:
+        return {}
+    possible = {name: () for name, field in fields.items() if field.compare}
+    return {**possible, **_default_axes(fields)}
+
+
+def _default_axes(fields: Mapping[str, Any]) -> Mapping[str, tuple[Any, ...]]:
+    factory = fields["axes"].default_factory
+    return {} if factory is dataclasses.MISSING else factory()
 
 
 def _owner(config_type: type, name: str) -> type:
@@ -229,8 +243,12 @@ def _owner(config_type: type, name: str) -> type:
 
 
 def _add_flag(
-    group: Any, config_type: type, field: dataclasses.Field[Any], axes: bool
+    group: Any,
+    config_type: type,
+    field: dataclasses.Field[Any],
+    axis: tuple[Any, ...] | None,
 ) -> None:
+    """Adds a flag; `axis` has its values by default where it may have several."""
     kind = typing.get_type_hints(config_type)[field.name]
     default: Any = field.default
     name = field.name.rstrip("_")
@@ -245,14 +263,14 @@ def _add_flag(
         default = ",".join(map(str, default))
         options |= {"type": _separated(item), "metavar": f"{_type_name(item)},..."}
     elif choices := typing.get_args(kind) if _is_literal(kind) else ():
-        several = axes and field.compare
         shown = f"{{{','.join(choices)}}}"
-        options |= {"type": _one_of(choices, several), "metavar": shown}
+        options |= {"type": _one_of(choices, axis is not None), "metavar": shown}
     else:
         plain = next(t for t in (*typing.get_args(kind), kind) if t is not type(None))
-        several = axes and field.compare and plain in (int, float)
+        number = axis is not None and plain in (int, float)
+        default = ",".join(map(str, axis)) if axis else default
         options |= {
-            "type": _number_or_several(plain) if several else plain,
+            "type": _number_or_several(plain) if number else plain,
             "metavar": plain.__name__.upper(),
         }
     text = get_attribute_docstring(config_type, field.name)
@@ -267,8 +285,7 @@ def _configured(config_type: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     plain = {k: v for k, v in values.items() if not isinstance(v, _Several)}
     fields = {field.name: field for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
     if "axes" in fields:
-        factory = fields["axes"].default_factory
-        axes = factory() if factory is not dataclasses.MISSING else {}
+        axes = _default_axes(fields)
         kept = {name: several for name, several in axes.items() if name not in values}
         given = {k: v.values for k, v in values.items() if isinstance(v, _Several)}
         plain["axes"] = {**kept, **given}

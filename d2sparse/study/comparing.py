@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +17,8 @@ from d2sparse.data import Source
 from d2sparse.models import Model
 from d2sparse.study import reporting
 from d2sparse.study.dry_run import print_plans
-from d2sparse.study.flags import Config
-from d2sparse.study.grid import make_plans
+from d2sparse.study.flags import Config, ConfigT
+from d2sparse.study.grid import Plan, Values, make_plans
 from d2sparse.study.reporting import Comparison, Report
 from d2sparse.study.runner import Examine, Finished, Runner, Settings, run_plans
 from d2sparse.study.splits import make_draw_splits
@@ -34,6 +34,9 @@ class Experiment(NamedTuple):
       name: of its run directories.
       references: methods that differences are taken to.
       methods: the table of methods.
+      values: further flags of a row, see `make_plans`.
+      check: called before anything is trained, refuses a run directory whose finished
+        runs do not go with the plans.
       examine: further results at the end of a run and of every titled phase.
       settings: (plan, seed) -> settings of a run besides those of its plan.
       report: writes summary, table and figures.
@@ -42,6 +45,8 @@ class Experiment(NamedTuple):
     name: str
     references: tuple[str, ...] = ()
     methods: Mapping[str, Method] = METHODS
+    values: Values = lambda row, base: {}
+    check: Callable[[records.Run, Sequence[Plan]], None] = lambda out, plans: None
     examine: Examine = lambda end: {}
     settings: Settings = lambda plan, seed: {}
     report: Report = reporting.report
@@ -80,15 +85,17 @@ def compare(
     """
     asked = experiment or Experiment("compare", config.methods[:1])
     source = source or data.load(config.dataset, config.data_dir)
-    config = dataclasses.replace(config, **_identity(config, source, model))
+    config = identified(config, source, model)
     draw_splits = make_draw_splits(source)
     build = None if model is None else (lambda flags: model)
-    plans = make_plans(config, draw_splits, source.num_classes, build, asked.methods)
+    classes, table = source.num_classes, asked.methods
+    plans = make_plans(config, draw_splits, classes, build, table, asked.values)
     if config.dry_run:
         print_plans(config, plans, draw_splits)
         return pd.DataFrame()
     workdir = config.workdir or default_workdir(asked.name, config)
     out = records.open_run(workdir, config, Finished)
+    asked.check(out, plans)
     runner = Runner(config, out, draw_splits, asked.examine, asked.settings)
 
     def report() -> Mapping[str, Any]:
@@ -120,16 +127,17 @@ def default_workdir(experiment: str, config: Any) -> str:
     """A run directory of its own for every configuration.
 
     Returns:
-      Such as "runs/prune-digits-10-1a2b3c", whose end is a digest of the flags.
+      Such as "runs/prune-digits-10-1a2b3c", whose end is a digest of the flags; without
+      the labels per class where one directory takes several.
     """
     flags = records.identity(config)
     digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
-    samples = f"-{config.samples_per_class}"
+    samples = f"-{config.samples_per_class}" if "samples_per_class" in flags else ""
     return f"runs/{experiment}-{config.dataset}{samples}-{digest[:6]}".replace(":", "-")
 
 
-def _identity(config: Config, source: Source, model: Model | None) -> dict[str, Any]:
-    """Flags that tell data and networks apart which no flag names."""
+def identified(config: ConfigT, source: Source, model: Model | None = None) -> ConfigT:
+    """The flags, with names that tell data and networks apart which no flag names."""
     flags: dict[str, Any] = {}
     if source.name != config.dataset:
         arrays = [*jax.tree.leaves(source.train), *jax.tree.leaves(source.test)]
@@ -144,4 +152,4 @@ def _identity(config: Config, source: Source, model: Model | None) -> dict[str, 
         traced = jax.make_jaxpr(lambda v: model.apply(*v, x, train=True)[0])(variables)
         digest = hashlib.sha256(str(traced).encode())
         flags["model"] = f"own-{digest.hexdigest()[:6]}"
-    return flags
+    return dataclasses.replace(config, **flags)

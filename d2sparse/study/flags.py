@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from d2sparse.constraints import METHODS, MIXES, Options
 
@@ -126,7 +126,6 @@ class Config(RunFlags, Options, TrainingFlags, NetworkFlags, DataFlags):
                 raise ValueError(
                     f"expected {name} in [0, 1], got {getattr(self, name)}"
                 )
-        check_names("methods", self.methods, METHODS)
         check_names("with", self.with_, MIXES)
         self._check_axes()
 
@@ -142,6 +141,7 @@ class Config(RunFlags, Options, TrainingFlags, NetworkFlags, DataFlags):
                 dataclasses.replace(self, axes={}, **{name: value})
 
 
+ConfigT = TypeVar("ConfigT", bound=Config)
 _LEAST = {
     "samples_per_class": 0,
     "imbalance": 1,
@@ -214,6 +214,22 @@ def given(config: Any) -> dict[str, Any]:
         if field.default is not dataclasses.MISSING and value != field.default:
             values[field.name] = value
     return values
+
+
+def as_axes(config: ConfigT, names: Iterable[str]) -> ConfigT:
+    """The flags with axes of one value in place of single values.
+
+    Runs store the values of axes, so that they can join others in one directory.
+
+    >>> config = as_axes(Config(label_noise=0.2), ["label_noise"])
+    >>> dict(config.axes), config.label_noise
+    ({'label_noise': (0.2,)}, 0.0)
+    """
+    single = [name for name in names if name not in config.axes]
+    axes = {name: (getattr(config, name),) for name in single}
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    reset: dict[str, Any] = {name: defaults[name] for name in single}
+    return dataclasses.replace(config, axes={**config.axes, **axes}, **reset)
 
 
 def text_of(value: Any) -> str:

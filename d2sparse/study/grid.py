@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from d2sparse import data, train
 from d2sparse.constraints import METHODS, Method, Options
 from d2sparse.constraints.equal_costs import Known
 from d2sparse.schedules import refresh_interval, refresh_stop
-from d2sparse.study.flags import Config, given, text_of
+from d2sparse.study.flags import Config, check_names, given, text_of
 from d2sparse.study.splits import DrawSplits
 from d2sparse.study.trainings import (
     MakeModel,
@@ -39,6 +39,10 @@ class Row(NamedTuple):
     def name(self) -> str:
         """A name for its files, such as "rigl-sparsity0.9"; nothing parses it."""
         return "-".join([self.method, *(f"{k}{text_of(v)}" for k, v in self.values)])
+
+
+# (row, what is known before its training is made) -> further flags of its runs.
+Values = Callable[[Row, Known], Mapping[str, Any]]
 
 
 class Plan(NamedTuple):
@@ -71,6 +75,7 @@ def make_plans(
     classes: int,
     make_model: MakeModel | None = None,
     methods: Mapping[str, Method] = METHODS,
+    values: Values = lambda row, base: {},
 ) -> list[Plan]:
     """Every method with every combination of the values of its axes.
 
@@ -80,6 +85,8 @@ def make_plans(
       classes: number of classes.
       make_model: flags -> network; that of --model if not given.
       methods: the table of methods.
+      values: flags of a row besides those given and those of its axes, such as values
+        that were tuned; they are no part of its name.
 
     Raises:
       ValueError: a flag is out of its range or has no effect, two constraints claim
@@ -92,10 +99,13 @@ def make_plans(
     for row in list_rows(config, methods):
         like = draw_splits(with_values(config, row), 0).train
         base = describe_base(config, row, like, build)
-        flags = configure(config, row, base, methods)
+        chosen = row._replace(
+            values=tuple({**dict(row.values), **values(row, base)}.items())
+        )
+        flags = configure(config, chosen, base, methods)
         training = make_training(flags, like, build, methods[row.method])
         free = training.settings.keys()
-        key = (row.method, *(pair for pair in row.values if pair[0] not in free))
+        key = (row.method, *(pair for pair in chosen.values if pair[0] not in free))
         if key not in programs:
             skips = flags.on_nonfinite == "skip"
             mesh = make_mesh(flags, len(like.labels))
@@ -195,21 +205,27 @@ class _Recorder:
 
 
 def check_effects(config: Config, methods: Mapping[str, Method] = METHODS) -> None:
-    """Refuses flags that would change nothing, or that a method sets otherwise.
+    """Refuses unknown methods, and flags without effect or that a method sets.
+
+    Where methods do not tell one comparison from another, any of the table may join the
+    run directory later, and flags of all of them have an effect.
 
     Raises:
       ValueError: naming the flag.
     """
+    check_names("methods", config.methods, methods)
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    names = config.methods if fields["methods"].compare else tuple(methods)
     options = {field.name for field in dataclasses.fields(Options)}
     used = flags_used(
-        [row for name in config.methods for row in mixed(config, methods[name])],
+        [row for name in names for row in mixed(config, methods[name])],
         config,
     )
     values = given(config)
     for flag in (*values, *config.axes):
         if flag in options and flag not in used:
             raise ValueError(
-                f"expected no {flag}, which none of {', '.join(config.methods)} goes "
+                f"expected no {flag}, which none of {', '.join(names)} goes "
                 f"by, got {values.get(flag, config.axes.get(flag))}; leave it away"
             )
     if config.epochs and ("steps" in values or "steps" in config.axes):

@@ -39,12 +39,7 @@ def judge(
         large, or were skipped.
     """
     outputs = program.predict(state, splits.judge)
-    if not all(np.all(np.isfinite(each)) for each in outputs.values()):
-        raise FloatingPointError(
-            "its predictions are not finite after "
-            f"{int(state.faults.total)} skipped updates; lower the learning rate or "
-            "clip the gradient"
-        )
+    train.check_finite(outputs, "predictions", state)
     training = program.training
     masks = jax.device_get(training.masks(state))
     macs = float(train.forward_macs(training.network, masks.used))

@@ -51,8 +51,10 @@ def report(comparison: Comparison) -> dict[str, Any]:
       The summary, as in summary.json.
     """
     rows = summary_rows(comparison)
-    table = table_of(rows, comparison.axes, comparison.references, STANDARD)
     heading = heading_of(comparison.config)
+    if not len(rows):
+        return write(comparison, {"rows": []}, heading + "No run has a result.")
+    table = table_of(rows, comparison.axes, comparison.references, STANDARD)
     summary = write(comparison, {"rows": rows.to_dict("records")}, heading + table)
     draw_cost(comparison, rows)
     draw_curves(comparison)

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -21,6 +21,7 @@ from d2sparse.train import Program, Progress, TrainState
 
 _SHARE = 0.8  # Part of the memory that runs may take.
 _MOST = 64  # Runs at once, where there is room for more.
+_PROGRAMS = 32  # That are kept compiled at once.
 
 
 class Finished(TypedDict):
@@ -70,6 +71,7 @@ class End(NamedTuple):
 
 Examine = Callable[[End], Mapping[str, Any]]
 Settings = Callable[[Plan, int], Mapping[str, float]]
+_Group = list[tuple[Plan, int]]  # Runs that one program can train at once.
 
 
 class Runner(NamedTuple):
@@ -95,7 +97,8 @@ def run_plans(runner: Runner, plans: Sequence[Plan]) -> None:
 
     SIGINT and SIGTERM let the runs that are being trained save their states. On CPU
     runs are trained one by one, seed by seed, so that methods can be compared early; on
-    accelerators as many runs of one program at once as fit into the memory.
+    accelerators as many runs of one program at once as fit into the memory. Of many
+    programs, some are trained with all seeds before others are compiled.
 
     Raises:
       KeyboardInterrupt: a signal has ended the run.
@@ -115,7 +118,7 @@ def run_plans(runner: Runner, plans: Sequence[Plan]) -> None:
             display.note(text)
             agreed.ask()  # Here all processes are at the same step.
 
-        for group in _groups(config, missing):
+        for group in _in_parts(_groups(config, missing)):
             if agreed():
                 raise KeyboardInterrupt
             _train_group(runner, group, note, agreed)
@@ -135,17 +138,32 @@ def judged(config: Config) -> str:
     return "validation" if config.validation_fraction else "test"
 
 
-def _groups(
-    config: Config, missing: Sequence[tuple[Plan, int]]
-) -> list[list[tuple[Plan, int]]]:
+def _groups(config: Config, missing: _Group) -> list[_Group]:
     """Runs that one program can train at once."""
     on_cpu = jax.default_backend() == "cpu"
     if config.runs_at_once == 1 or (config.runs_at_once == 0 and on_cpu):
         return [[run] for run in missing]
-    groups: dict[int, list[tuple[Plan, int]]] = {}
+    groups: dict[int, _Group] = {}
     for plan, seed in missing:
         groups.setdefault(id(plan.program), []).append((plan, seed))
     return list(groups.values())
+
+
+def _in_parts(groups: Sequence[_Group]) -> Iterator[_Group]:
+    """Groups in parts of a number of programs, which are dropped before the next part.
+
+    A process that keeps thousands of compiled functions has no room left in its table
+    of memory maps.
+    """
+    programs = dict.fromkeys(id(group[0][0].program) for group in groups)
+    part_of = {program: n // _PROGRAMS for n, program in enumerate(programs)}
+    parts: dict[int, list[_Group]] = {}
+    for group in groups:
+        parts.setdefault(part_of[id(group[0][0].program)], []).append(group)
+    for number, part in enumerate(parts.values()):
+        if number:
+            jax.clear_caches()
+        yield from part
 
 
 class _Member(NamedTuple):
@@ -167,7 +185,7 @@ def _train_group(
 
     def begin(plan: Plan, seed: int) -> tuple[_Member, Progress]:
         tracker = Tracker(
-            unit_of(plan, seed), runner.config, runner.out, note, interrupted
+            unit_of(plan, seed), plan.config, runner.out, note, interrupted
         )
         splits = runner.draw_splits(plan.config, seed)
         names = plan.program.training.settings

@@ -44,7 +44,8 @@ def table_of(
       columns: further columns, of `COLUMNS`.
     """
     given = [name for name in axes if name in rows.columns and name != "sparsity"]
-    titles = {"method": "method", **{name: name for name in given}}
+    named = ["method"] if rows["method"].nunique() > 1 or not given else []
+    titles = {name: name for name in [*named, *given]}
     if "sparsity" in axes:
         columns = ("zeros", *columns)
     titles["accuracy"] = "accuracy %"
@@ -53,8 +54,13 @@ def table_of(
             titles[f"minus_{name}"] = f"minus {name}"
     titles |= {name: COLUMNS[name][0] for name in columns if name in rows.columns}
     if "zeros" in titles:  # Beside the name of the method.
-        order = ["method", *given, "zeros"]
+        order = [*named, *given, "zeros"]
         titles = {name: titles[name] for name in dict.fromkeys([*order, *titles])}
+    return titled_table(rows, titles)
+
+
+def titled_table(rows: "pd.DataFrame", titles: Mapping[str, str]) -> str:
+    """The columns of a summary that have titles, as a table in Markdown."""
     cells = [_cells(row, titles) for row in rows.to_dict("records")]
     return records.markdown_table(cells, titles)
 

@@ -139,7 +139,13 @@ def rehearse(program: Program, like: Data) -> None:
         training.transform(rate, training.settings, key).init(params)
         return training.loss(outputs, example, context)[0]
 
-    jax.eval_shape(first_loss, like)
+    try:
+        jax.eval_shape(first_loss, like)
+    except ValueError as error:
+        if "dense with `prunable`" not in str(error):
+            raise
+        hint = "or choose --prunable=body, which leaves the first layer and head dense"
+        raise ValueError(f"{error}, {hint}") from error
 
 
 def _augment(flags: Config, like: Data) -> Any:

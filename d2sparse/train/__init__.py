@@ -21,10 +21,9 @@ from d2sparse.train.devices import (
     place,
 )
 from d2sparse.train.evaluation import evaluate, make_predict, make_statistics
-from d2sparse.train.faults import failure, guard, has_failed, last_good
-from d2sparse.train.fitting import Watch, fit_together
-from d2sparse.train.fitting import fit as fit_phases
-from d2sparse.train.loops import Indices, Logs, Report, Runner, Save, fit, make_runner
+from d2sparse.train.faults import check_finite, failure, guard, has_failed, last_good
+from d2sparse.train.fitting import Watch, fit, fit_together
+from d2sparse.train.loops import Indices, Logs, Report, Runner, Save, make_runner
 from d2sparse.train.memory import estimate_memory
 from d2sparse.train.optimizers import make_optimizer
 from d2sparse.train.plain import SCHEDULES, Recipe, describe, init_training, plain
@@ -54,7 +53,6 @@ from d2sparse.train.teaching import (
     Taught,
     Teacher,
     log_mean,
-    make_taught_loss,
     with_teachers,
 )
 from d2sparse.train.training import (
@@ -104,6 +102,7 @@ __all__ = [
     "apart",
     "bring",
     "check_batch",
+    "check_finite",
     "claim",
     "constrain",
     "describe",
@@ -112,7 +111,6 @@ __all__ = [
     "evaluate",
     "failure",
     "fit",
-    "fit_phases",
     "fit_together",
     "forward_macs",
     "growth_batch",
@@ -137,7 +135,6 @@ __all__ = [
     "make_runner",
     "make_statistics",
     "make_step",
-    "make_taught_loss",
     "make_train_step",
     "place",
     "plain",

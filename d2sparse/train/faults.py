@@ -7,6 +7,7 @@ import numpy as np
 from d2sparse.train.state import Data, Faults, Metrics, TrainState
 from d2sparse.train.steps import Step, is_finite
 from d2sparse.transforms import refreshes_are_sound
+from d2sparse.tree import PyTree
 
 
 def guard(step: Step) -> Step:
@@ -50,6 +51,25 @@ def guard(step: Step) -> Step:
         return kept, logs | {"skipped": 1.0 - updated}
 
     return guarded
+
+
+def check_finite(values: PyTree, what: str, state: TrainState) -> None:
+    """Refuses what a trained network says where it is infinite or NaN.
+
+    Args:
+      values: arrays, in any tree.
+      what: what they are, in the plural.
+      state: of the network.
+
+    Raises:
+      FloatingPointError: naming how many updates were skipped in its training.
+    """
+    if all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(values)):
+        return
+    raise FloatingPointError(
+        f"its {what} are not finite after {int(state.faults.total)} skipped updates; "
+        "lower the learning rate or clip the gradient"
+    )
 
 
 def has_failed(state: TrainState) -> bool:

@@ -8,8 +8,7 @@ import numpy as np
 
 from d2sparse.train.devices import bring, settle
 from d2sparse.train.faults import has_failed
-from d2sparse.train.loops import Logs
-from d2sparse.train.loops import fit as take_steps
+from d2sparse.train.loops import Logs, Stretch, take_steps
 from d2sparse.train.program import Program
 from d2sparse.train.runs import stack_runs, unstack_runs
 from d2sparse.train.state import Data, TrainState
@@ -153,19 +152,22 @@ def _take_steps(
 
     states = [progress.state for progress in runs]
     pending = [watch.logs for watch in watches]
+    stretch = Stretch(
+        phase.stop,
+        program.training.batch_size,
+        first.every,
+        report,
+        save,
+        first.save_every,
+        pending[0] if alone else _merged(pending),
+        first.interrupted,
+        None if phase.batches is None else batches,
+    )
     end = take_steps(
         program.run,
         states[0] if alone else stack_runs(states),
         data[0] if alone else stack_runs(data),
-        phase.stop,
-        program.training.batch_size,
-        every=first.every,
-        report=report,
-        save=save,
-        save_every=first.save_every,
-        logs=pending[0] if alone else _merged(pending),
-        interrupted=first.interrupted,
-        indices=None if phase.batches is None else batches,
+        stretch,
     )
     return [settle(state) for state in split(end)]
 

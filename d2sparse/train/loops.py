@@ -1,9 +1,9 @@
-"""Steps strung together: what a backend runs at once, and whole trainings."""
+"""Steps strung together: what a backend runs at once, and stretches of a training."""
 
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -87,30 +87,11 @@ def make_runner(step: Step, mesh: Mesh | None = None) -> Runner:
     return run
 
 
-def fit(
-    run: Runner,
-    state: TrainState,
-    data: Data,
-    steps: int,
-    batch_size: int,
-    every: int | None = None,
-    report: Report | None = None,
-    save: Save | None = None,
-    save_every: int | None = None,
-    logs: Mapping[str, list[Any]] | None = None,
-    interrupted: Callable[[], bool] = _never,
-    indices: Indices | None = None,
-) -> TrainState:
-    """Trains up to step number `steps`, from wherever the state stands.
+class Stretch(NamedTuple):
+    """Steps one after the other, and what is told of them.
 
-    A training that is interrupted goes on to the same bits: give the state and the logs
-    that `save` was last called with.
-
-    Args:
-      run: a runner from `make_runner`.
-      state: where to start; it is used up. Several stacked runs are trained at once.
-      data: training data.
-      steps: number of the step to stop before.
+    Attributes:
+      stop: number of the step to stop before.
       batch_size: examples per step.
       every: steps between two reports; at their multiples metrics leave the device.
         If not given, there is one report at the end.
@@ -126,6 +107,32 @@ def fit(
         each stretch between reports and saves.
       indices: `(state, steps) -> int32[steps, (runs,) batch]`, which examples the next
         steps are trained on; if not given, all data in epochs.
+    """
+
+    stop: int
+    batch_size: int
+    every: int | None = None
+    report: Report = lambda step, state, logs: None
+    save: Save = lambda state, logs: None
+    save_every: int | None = None
+    logs: Mapping[str, list[Any]] = {}
+    interrupted: Callable[[], bool] = _never
+    indices: Indices | None = None
+
+
+def take_steps(
+    run: Runner, state: TrainState, data: Data, stretch: Stretch
+) -> TrainState:
+    """Trains up to the end of a stretch, from wherever the state stands.
+
+    A training that is interrupted goes on to the same bits: give the state and the logs
+    that `save` was last called with.
+
+    Args:
+      run: a runner from `make_runner`.
+      state: where to start; it is used up. Several stacked runs are trained at once.
+      data: training data.
+      stretch: how far, and what is told of it.
 
     Returns:
       The state after the last step.
@@ -135,28 +142,24 @@ def fit(
         stopped, or a refresh of the masks has met a NaN.
       KeyboardInterrupt: it was interrupted, after saving.
     """
-    every, pending = every or steps, {k: list(v) for k, v in (logs or {}).items()}
+    last, every = stretch.stop, stretch.every or stretch.stop
+    pending = {name: list(values) for name, values in stretch.logs.items()}
     position = int(state.step)
-
-    def in_epochs(state: TrainState, steps: int) -> jax.Array:
-        return _indices(state, data, steps, batch_size)
-
-    chosen = indices or in_epochs
-    while position < steps:
-        stop = min(_next_multiple(position, n, steps) for n in (every, save_every))
-        rows = chosen(state, stop - position)
-        state, metrics = run(state, data, rows, interrupted)
+    while position < last:
+        intervals = (every, stretch.save_every)
+        steps = min(_next_multiple(position, n, last) for n in intervals) - position
+        rows = _rows(stretch, state, data, steps)
+        state, metrics = run(state, data, rows, stretch.interrupted)
         for name, values in jax.device_get(metrics).items():
             pending.setdefault(name, []).extend(values)
         position = int(state.step)
-        failed, stopped = has_failed(state), interrupted()
-        if not failed and position in (steps, position - position % every):
-            if report is not None:
-                report(position, state, _means(pending, state))
+        failed, stopped = has_failed(state), stretch.interrupted()
+        if not failed and position in (last, position - position % every):
+            stretch.report(position, state, _means(pending, state))
             pending = {}
-        due = save_every and position % save_every == 0
-        if save is not None and (due or stopped or failed):
-            save(state, pending)
+        due = stretch.save_every and position % stretch.save_every == 0
+        if due or stopped or failed:
+            stretch.save(state, pending)
         if failed:
             raise FloatingPointError(failure(state))
         if stopped:
@@ -168,12 +171,17 @@ def _next_multiple(position: int, every: int | None, last: int) -> int:
     return last if not every else min(position - position % every + every, last)
 
 
-def _indices(state: TrainState, data: Data, steps: int, batch_size: int) -> jax.Array:
-    """int32[steps, (runs,) batch]."""
+def _rows(stretch: Stretch, state: TrainState, data: Data, steps: int) -> jax.Array:
+    """Examples of the next steps: int32[steps, (runs,) batch]."""
+    if stretch.indices is not None:
+        return stretch.indices(state, steps)
+
+    def epochs(state: TrainState, data: Data) -> Any:
+        return step_indices(state, data, steps, stretch.batch_size)
+
     if not is_stacked(state):
-        return step_indices(state, data, steps, batch_size)
-    each = jax.vmap(lambda s, d: step_indices(s, d, steps, batch_size), (RUNS, 0), 1)
-    return each(state, data)
+        return epochs(state, data)
+    return jax.vmap(epochs, (RUNS, 0), 1)(state, data)
 
 
 def _means(logs: Logs, state: TrainState) -> dict[str, Any]:

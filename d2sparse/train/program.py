@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -175,7 +176,8 @@ def _predictor(training: Training) -> Callable[..., dict[str, np.ndarray]]:
     def forward(params: PyTree, model_state: PyTree, batch: Data) -> Any:
         x = training.inputs(batch, None)
         outputs, _ = training.model.apply(params, model_state, x, train=False)
-        return training.probabilities(outputs)
+        # A plain dict would come back in the order of its names.
+        return OrderedDict(training.probabilities(outputs))
 
     def predict(state: TrainState, data: Data) -> dict[str, np.ndarray]:
         size = len(data.labels)

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import optax
 
-from d2sparse import dual, rules
+from d2sparse import rules
 from d2sparse.masks import dense_masks
 from d2sparse.schedules import cosine, cubic, every, refresh_stop
 from d2sparse.train import Runner, TrainState
 from d2sparse.transforms import get_masks
 from d2sparse.tree import PyTree
+from experiments import pair_account
 from experiments.megabatches.options import (
     StreamConfig,
     app_densities,
@@ -131,7 +132,7 @@ def _pair(name: str, task: Task, config: StreamConfig, samples: int) -> Learner:
     return Learner(
         method,
         method.run,
-        lambda state: list(dual.get_pair_masks(state)),
+        lambda state: list(pair_account.get_pair_masks(state)),
         config,
         anneals=not consolidates,
     )

@@ -80,7 +80,7 @@ SCENARIOS = [
         "experiments.low_data",
         [
             *(word for word in TINY if "samples" not in word or "growth" in word),
-            "--budgets=2",
+            "--samples_per_class=2",
             "--seeds=1",
             "--methods=self_distilled,free_tickets,d2_distilled",
         ],

@@ -1,4 +1,4 @@
-"""How the two learners are trained: named plans for their steps and masks."""
+"""The plans of a pair that `constraints.paired` replaces."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +8,8 @@ import optax
 
 from d2sparse import distributions
 from d2sparse.distributions import Distribution
-from d2sparse.dual.pair import Consolidation, Dual
+from d2sparse.dual.consolidation import Consolidation
+from d2sparse.dual.pair import Dual
 from d2sparse.masks import Selection, select
 from d2sparse.rules import MaskRule, rigl
 from d2sparse.schedules import Schedule, When, cosine, every, refresh_stop

@@ -1,4 +1,4 @@
-"""Two networks trained as one: their start, their joint loss, one step of both."""
+"""The step of a pair that `constraints.coupled` replaces."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from d2sparse import losses, metrics, scores, tree
+from d2sparse import losses, metrics
 from d2sparse.data import Augment
-from d2sparse.dual.consolidation import begin_trace, consolidate
-from d2sparse.dual.pair import Consolidation, Coupling, Dual, get_pair_masks
-from d2sparse.masks import Selection, count, select
+from d2sparse.dual.consolidation import Consolidation, begin_trace, consolidate
+from d2sparse.dual.coupling import Coupling, apart, discourage, trust
+from d2sparse.dual.pair import Dual
+from d2sparse.masks import Selection, select
 from d2sparse.train import (
     Data,
     Metrics,
@@ -27,6 +28,7 @@ from d2sparse.train import (
 from d2sparse.transforms import get_masks, set_masks, zero_pruned
 from d2sparse.transforms.inputs import as_key
 from d2sparse.tree import Prunable, PyTree, is_kernel
+from experiments.pair_account import get_pair_masks
 
 
 def init_pair(
@@ -178,26 +180,6 @@ def make_dual_step(
     return step
 
 
-def discourage(grads: PyTree, peer_masks: PyTree, kappa: float) -> PyTree:
-    """Gradients scaled so that growth avoids, or seeks, what is live in the peer.
-
-    `g * max(1 - kappa * peer, 1e-6)`; it is meant for growth scores alone.
-
-    Args:
-      grads: tree of gradients.
-      peer_masks: the peer's masks, of the same structure.
-      kappa: in [-1, 1]; at 0 the gradients are returned as they are.
-
-    >>> discourage({"w": jnp.ones(2)}, {"w": jnp.array([True, False])}, 0.5)
-    {'w': Array([0.5, 1. ], dtype=float32)}
-    """
-    if not kappa:
-        return grads
-    return jax.tree.map(
-        lambda g, peer: g * jnp.maximum(1 - kappa * peer, 1e-6), grads, peer_masks
-    )
-
-
 def _make_objective(
     models: Dual,
     coupling: Coupling,
@@ -237,13 +219,6 @@ def _make_objective(
     return objective
 
 
-def trust(peer: jax.Array, coupling: Coupling) -> jax.Array:
-    """How much the teaching of a peer counts on each example, float[batch]."""
-    confidence = losses.confidence(peer)
-    weight = confidence if coupling.weighted else jnp.ones_like(confidence)
-    return jnp.where(confidence >= coupling.threshold, weight, 0.0)
-
-
 def _views(
     batch: Data, key: jax.Array, augment: Augment | None, independent: bool
 ) -> Dual:
@@ -280,23 +255,3 @@ def _descend(
         grads, opt_state, params, growth_fn=growth_fn, grad_fn=grad_fn, **extra
     )
     return optax.apply_updates(params, updates), opt_state
-
-
-def apart(
-    masks: PyTree,
-    peer: PyTree,
-    kappa: float,
-    key: jax.Array,
-    prunable: Prunable,
-    selection: Selection,
-) -> PyTree:
-    """Random masks with the counts of the given ones, where the peer's are not."""
-    if jax.tree.map(jnp.shape, masks) != jax.tree.map(jnp.shape, peer):
-        raise ValueError(
-            "expected two networks of one shape, since their masks are coupled, got "
-            "different ones; set the mask coupling to 0"
-        )
-    ranks = scores.random(masks, None, key)
-    ranks = jax.tree.map(lambda rank, live: rank - kappa * live, ranks, peer)
-    ranks = tree.prunable_leaves(ranks, prunable)
-    return tree.replace(masks, selection(ranks, count(masks, prunable), None))
