@@ -24,7 +24,7 @@ TINY = {"width": 0.05, "steps": 12}
 OWN = {field.name for field in dataclasses.fields(Options)}
 # Other values than the next number or the next choice.
 VALUES = {
-    "model": ["lenet5"],
+    "model": ["convnet_s"],
     "layer_sparsities": [("head/*:0.5",)],
     "samples_per_class": [7],
     "imbalance": [2.0],
@@ -164,7 +164,9 @@ SHARED = [
 def test_every_flag_that_is_for_all_methods_changes_them(name):
     steps = {} if name == "epochs" else {"steps": 12}
     config = study.Config(**steps, width=0.05, methods=("static",))
-    values = others(config, name)
+    if name == "model":
+        config = dataclasses.replace(config, width=None)
+    values = [value for value in others(config, name) if value != "convolutions"]
     changed = [dataclasses.replace(config, **{name: value}) for value in values]
     assert len({built(config), *map(built, changed)}) == 1 + len(changed)
 
@@ -210,6 +212,11 @@ def test_a_flag_that_belongs_to_another_changes_something(method, beside, change
             {"methods": ("dense_short",), "rewind_fraction": 0.5},
             "no rewind_fraction, which none of dense_short",
         ),
+        (
+            compare,
+            {"methods": ("imp_capped",), "rounds": 4},
+            "no rounds, which none of imp_capped",
+        ),
         (prune, {"methods": ("dense",)}, "no sparsity, which none of dense goes by"),
         (lottery, {"growth_samples": 5}, "no growth_samples, which none of imp goes"),
         (lottery, {"steps": 5, "epochs": 3}, "either steps or epochs, got both"),
@@ -220,6 +227,13 @@ def test_a_flag_without_effect_is_refused(experiment, given, message):
     config = experiment.Config(**given)
     with pytest.raises(ValueError, match=message):
         grid.check_effects(config)
+
+
+def test_what_a_method_makes_of_the_flags_is_made_of_those_of_its_row():
+    axes = {"steps": (100, 200)}
+    config = study.Config(methods=("dense", "dense_short"), axes=axes)
+    _, _, short, longer = study.make_plans(config, digits(), 10)
+    assert 1.9 * short.config.steps < longer.config.steps < 100
 
 
 def test_a_recipe_is_the_lottery_with_other_defaults():

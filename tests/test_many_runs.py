@@ -10,7 +10,7 @@ import runs
 from runs import read, without_time
 
 from d2sparse import models, study, train
-from d2sparse.constraints import rigl
+from d2sparse.constraints import Moves, rigl
 from d2sparse.constraints.distilled import distilled
 from d2sparse.data import Split
 from d2sparse.study import runner, splits, trainings
@@ -82,7 +82,7 @@ def small_program(name, shape, monkeypatch, *constraints):
 
 def test_the_estimate_of_memory_bounds_the_compiled_program(monkeypatch):
     program, progress, examples = small_program(
-        "convnet_s", (16, 16, 3), monkeypatch, rigl(0.9)
+        "convnet_s", (16, 16, 3), monkeypatch, rigl(0.9, Moves(growth_samples=0))
     )
     estimate = train.estimate_memory(program.run, progress.state, examples, 32)
     step = train.guard(train.make_step(program.training))
