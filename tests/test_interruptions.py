@@ -51,7 +51,9 @@ class Case:
     def run(self, workdir, examine=lambda end: {}, **aside):
         config = dataclasses.replace(self.config, **aside)
         out = records.open_run(workdir, config, study.Finished)
-        study.run_plans(study.Runner(config, out, self.draw, examine), self.plans)
+        flags = [dataclasses.replace(plan.config, **aside) for plan in self.plans]
+        plans = [p._replace(config=f) for p, f in zip(self.plans, flags, strict=True)]
+        study.run_plans(study.Runner(config, out, self.draw, examine), plans)
 
 
 @pytest.fixture(autouse=True, scope="module")
