@@ -1,4 +1,4 @@
-"""Anytime learning: levels, prunings, the walk through the stages, what is measured."""
+"""Anytime learning: levels, prunings, stages, what is measured."""
 
 import itertools
 
@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from d2sparse import anytime, rules, scores, train
-from d2sparse.anytime import LEVELS, Journey, Stage, density, levels, prune
+from d2sparse.anytime import LEVELS, Stage, density, levels, prune
 from d2sparse.masks import dense_masks
 from d2sparse.transforms import get_masks, set_masks, sparsify
 
@@ -126,7 +126,7 @@ def test_a_nan_and_an_unknown_treatment_are_refused():
         prune(dense_masks(tree(0)), tree(0), 0.5, dead="zombie")
 
 
-# The walk
+# Stages
 
 
 def test_stages_follow_each_other():
@@ -174,7 +174,7 @@ def bits(state):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.params)]
 
 
-def test_what_goes_on_has_the_best_weights_and_the_latest_step():
+def test_what_is_resumed_has_the_best_weights_and_the_latest_step():
     fresh, tx = make_state()
     masks = {"kernel": jnp.arange(12).reshape(4, 3) % 2 == 0}
     begin = fresh._replace(opt_state=set_masks(fresh.opt_state, masks))
@@ -191,73 +191,6 @@ def test_what_goes_on_has_the_best_weights_and_the_latest_step():
     trace = state.opt_state.inner[0].trace["kernel"]
     np.testing.assert_array_equal(carried.opt_state.inner[0].trace["kernel"], trace)
     assert not anew.opt_state.inner[0].trace["kernel"].any()
-
-
-STAGES = anytime.plan_stages([4, 8, 12], batch_size=2, epochs=3)
-VALIDATED = {0: [0.3, 0.5, 0.5], 1: [0.6, 0.2, 0.1], 2: [0.1, 0.2, 0.3]}
-
-
-def walk(journey, on_fit=lambda journey: None):
-    """A learner whose weight counts its steps, in tenths of the stage it is in."""
-    arrived, left = [], []
-
-    def arrive(number, state):
-        arrived.append(number)
-        return state._replace(params=state.params + 100)
-
-    def fit(journey, stop):
-        on_fit(journey)
-        rest = stop - int(journey.state.step)
-        return journey.state._replace(
-            step=jnp.int32(stop), params=journey.state.params + rest
-        )
-
-    def validate(number, state):
-        stage = STAGES[number]
-        epoch = (int(state.step) - stage.begin) // stage.per_epoch - 1
-        return VALIDATED[number][epoch]
-
-    def depart(number, best, state):
-        left.append((number, float(best.params)))
-        return anytime.go_on_from(best, state)
-
-    end = anytime.learn_stream(journey, STAGES, arrive, fit, validate, depart)
-    return end, arrived, left
-
-
-def counter():
-    state, _ = make_state()
-    return state._replace(params=jnp.float32(0.0), opt_state=())
-
-
-def test_the_first_of_the_best_epochs_is_gone_on_from():
-    end, arrived, left = walk(anytime.begin_journey(counter()))
-    assert arrived == [0, 1, 2]
-    # Two epochs of 2 steps, one of 4, three of 6, and 100 at every arrival.
-    assert left == [(0, 104.0), (1, 208.0), (2, 326.0)]
-    assert float(end.params) == 326
-
-
-def test_a_journey_goes_on_from_wherever_it_stood():
-    stood = []
-    _, _, whole = walk(anytime.begin_journey(counter()), stood.append)
-    assert len(stood) == 9
-    for journey in stood:
-        number, stop = int(journey.stage), int(journey.state.step) + 1
-        inside = journey._replace(
-            state=journey.state._replace(
-                step=jnp.int32(stop), params=journey.state.params + 1
-            )
-        )
-        _, arrived, left = walk(inside)
-        assert arrived == list(range(number + 1, 3))
-        assert left == whole[number:]
-
-
-def test_a_journey_is_a_tree_of_arrays():
-    journey = anytime.begin_journey(counter())
-    assert isinstance(journey, Journey)
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(journey))
 
 
 # What is measured

@@ -183,13 +183,15 @@ def program(case):
     return make_program(constrain(start(steps=STEPS), pruned, *mixed))
 
 
+@functools.cache
 def trained(case, seed=0):
-    """Masks, parameters and costs of every round, and the last progress."""
+    """Masks, parameters and tickets of every round, costs, the last progress."""
     own, ends, costs = program(case), [], []
 
     def ended(progress, title):
-        state = progress.state
-        ends.append((title, arrays(get_masks(state.opt_state)), copy(state.params)))
+        state, ticket = progress.state, copy(progress.memory["ticket"])
+        masks = arrays(get_masks(state.opt_state))
+        ends.append((title, masks, copy(state.params), ticket))
 
     watch = Watch(
         every=1,
@@ -200,7 +202,7 @@ def trained(case, seed=0):
 
 
 def literal_rounds(case):
-    """Train, keep, prune and rewind by hand: state at the end of every round."""
+    """Train, keep, prune and rewind by hand: first and last state of every round."""
     own, rewinds = program(case), CASES[case]
     state, early_step = begin(own).state, int(rewinds.fraction * STEPS)
 
@@ -209,14 +211,13 @@ def literal_rounds(case):
         return fit(own, state, steps) if steps else state
 
     early = advanced(state, early_step)
-    state, ends = advanced(early, STEPS), []
-    for number in range(1, ROUNDS + 2):
-        ends.append(state)
+    state = advanced(early, STEPS)
+    ends = [(early, state)]
+    for number in range(1, ROUNDS + 1):
         old = arrays(get_masks(state.opt_state))
         judged = get_average(state.opt_state, state.params)
         sparsity = 1 - (1 - SPARSITY) ** (number / ROUNDS)
-        masks = largest_live(arrays(judged), old, sparsity)
-        masks = nested(masks)
+        masks = nested(largest_live(arrays(judged), old, sparsity))
         source = state if rewinds.what == "learning_rate" else early
         params = source.params
         if not rewinds.frozen:
@@ -228,27 +229,32 @@ def literal_rounds(case):
             opt_state = opt_state._replace(inner=inner, average=mean)
         else:
             opt_state = opt_state._replace(masks=masks)
-        rewound = early._replace(
+        begun = early._replace(
             params=params, model_state=source.model_state, opt_state=opt_state
         )
-        state = advanced(rewound, STEPS)
-    return ends[: ROUNDS + 1]
+        state = advanced(begun, STEPS)
+        ends.append((begun, state))
+    return ends
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "random"])
 def test_every_round_is_that_of_the_loop_by_hand(case):
     rounds, costs, end = trained(case)
     by_hand = literal_rounds(case)
-    assert [title for title, _, _ in rounds] == [f"round {n}" for n in range(4)]
-    for (_, masks, params), expected in zip(rounds, by_hand, strict=True):
-        assert_close(params, expected.params)
-        assert_close(masks, get_masks(expected.opt_state))
-    assert_close(end.state, by_hand[-1])
+    assert [title for title, *_ in rounds] == [f"round {n}" for n in range(4)]
+    for (_, masks, params, ticket), (first, last) in zip(rounds, by_hand, strict=True):
+        assert_close(params, last.params)
+        assert_close(masks, get_masks(last.opt_state))
+        # What the round was trained from is what can be started from anew.
+        assert_close(ticket.params, first.params)
+        assert_close(ticket.model_state, first.model_state)
+        assert_close(ticket.masks, masks)
+    assert_close(end.state, by_hand[-1][1])
     # Every round but the first spends what its masks leave, from the early step on.
     early = int(CASES[case].fraction * STEPS)
     lengths = [STEPS, *[STEPS - early] * ROUNDS]
     expected = []
-    for length, (_, masks, _) in zip(lengths, rounds, strict=True):
+    for length, (_, masks, *_) in zip(lengths, rounds, strict=True):
         # Frozen weights are in every pass.
         spent = 3 * (TOTAL if case == "frozen" else sum(live(masks).values()))
         expected += [spent] * length
@@ -258,7 +264,7 @@ def test_every_round_is_that_of_the_loop_by_hand(case):
 @pytest.mark.parametrize("case", ["weights", "frozen", "random"])
 def test_masks_shrink_to_the_exact_sparsities(case):
     rounds, _, _ = trained(case)
-    for (_, masks, params), sparsity in zip(
+    for (_, masks, params, _), sparsity in zip(
         rounds, [0.0, *round_sparsities(SPARSITY, ROUNDS)], strict=True
     ):
         assert sum(live(masks).values()) == round((1 - sparsity) * TOTAL)
@@ -266,7 +272,7 @@ def test_masks_shrink_to_the_exact_sparsities(case):
         if case != "frozen":
             for name in KERNELS:
                 np.testing.assert_array_equal(arrays(params)[name] != 0, masks[name])
-    for (_, before, _), (_, after, _) in itertools.pairwise(rounds):
+    for (_, before, *_), (_, after, *_) in itertools.pairwise(rounds):
         assert all(np.all(before[name] | ~after[name]) for name in KERNELS)
 
 
@@ -274,13 +280,14 @@ def test_frozen_weights_hold_what_they_are_rewound_to():
     own = program("frozen")
     progress = begin(own)
     early = arrays(fit(own, progress.state, 2).params)
-    _, masks, params = trained("frozen")[0][-1]
+    _, masks, params, _ = trained("frozen")[0][-1]
     for name, weights in arrays(params).items():
         np.testing.assert_array_equal(weights == early[name], ~masks[name])
 
 
 def test_random_pruning_follows_from_the_seed():
-    masks = [trained("random", seed)[0][-1][1] for seed in (0, 0, 1)]
+    again = trained.__wrapped__("random", 0)
+    masks = [run[0][-1][1] for run in (trained("random"), again, trained("random", 1))]
     assert_close(masks[0], masks[1])
     assert (masks[0]["first/kernel"] != masks[2]["first/kernel"]).any()
 

@@ -161,7 +161,7 @@ def test_a_ticket_is_the_early_weights_under_the_masks_of_its_round(tickets):
     early = plan.program.init(jax.random.key(0), labelled)
     first = plan.training._replace(phases=(train.Phase(REWIND),))
     program = plan.program._replace(training=first)
-    early = train.fit_phases(program, early, labelled).state
+    early = train.fit(program, early, labelled).state
     for name in FOUND:
         for density, ticket in zip(DENSITIES, tickets[name], strict=True):
             masks = kernels(ticket.masks)

@@ -1,4 +1,4 @@
-"""Learning on a stream: bits of the loop that it replaces, from any interruption."""
+"""Learning on a stream: a loop written out, interruptions, what a stage does."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import runs
 
-from d2sparse import data, models, train
+from d2sparse import anytime, data, models, study, train, tree
 from d2sparse.constraints import (
     METHODS,
     STREAM_METHODS,
@@ -35,6 +35,7 @@ from d2sparse.constraints import (
 )
 from d2sparse.constraints.timetables import plan
 from d2sparse.dual import Coupling
+from d2sparse.masks import apply_masks
 from d2sparse.train import (
     Recipe,
     Watch,
@@ -46,23 +47,7 @@ from d2sparse.train import (
     plain,
 )
 from d2sparse.transforms import SparsifyState, get_masks
-from experiments import anytime
-from experiments.megabatches import options, scoring, walks
-from experiments.splits import draw_splits
 
-OLD = anytime.Config(
-    samples_per_class=12,
-    megabatches=3,
-    epochs=2,
-    batch_size=8,
-    tau=3.0,
-    seeds=1,
-    width=0.1,
-    refresh_interval=2,
-    report_every=4,
-    score_batch=5,
-    progress=False,
-)
 STREAM = StreamOptions(megabatches=3, epochs=2, tau=3.0, score_batch=5)
 OPTIONS = Options(refresh_interval=2)
 STAGES = 3
@@ -76,12 +61,14 @@ def _quick_compilation():
 
 @functools.cache
 def labelled(seed=0):
-    return draw_splits(OLD, data.load("digits"), seed).train
+    draw_splits = study.make_draw_splits(data.load("digits"))
+    return draw_splits(study.Config(samples_per_class=12), seed).train
 
 
-def start(**changes):
-    augment = data.make_augment(padding=1, flip=False, cutout=0, jitter=0.0)
-    recipe = Recipe(batch_size=8, learning_rate=0.05, augment=augment, **changes)
+def start(augments=True):
+    padded = data.make_augment(padding=1, flip=False, cutout=0, jitter=0.0)
+    augment = padded if augments else None
+    recipe = Recipe(batch_size=8, learning_rate=0.05, augment=augment)
     return plain(models.make_model("lenet_300_100", 10, 0.1), labelled(), recipe)
 
 
@@ -138,153 +125,158 @@ def same(a, b):
     return all(np.array_equal(x, y, equal_nan=True) for x, y in leaves)
 
 
-def density(made, state):
-    network = made.training.network
-    masks = made.training.masks(state).trained
-    return sum(live_weights(network, masks).values()) / network.weights
+# Against a loop written out
 
 
-# The loop that it replaces
+def learn_literally(seed):
+    """Progressive pruning by SNIP in plain sums: weights and masks after the stages."""
+    state, examples = begin(program("app"), seed).state, labelled(seed)
+    table = make_timetable(STREAM, examples.labels, seed)
+    x, y = train.inputs(examples), np.asarray(examples.labels)
+    model = models.make_model("lenet_300_100", 10, 0.1)
+
+    @jax.jit
+    def logits(params, rows):
+        return model.apply(tree.replace(state.params, params), {}, x[rows], train=True)[
+            0
+        ]
+
+    @jax.jit
+    @jax.grad
+    def summed(params, rows):
+        picked = jax.nn.one_hot(jnp.asarray(y)[rows], 10)
+        return -jnp.sum(picked * jax.nn.log_softmax(logits(params, rows)))
+
+    def gradient(params, rows):
+        return jax.device_get(summed(params, rows))
+
+    params, after = jax.device_get(tree.flatten(state.params)), []
+    masks = {path: leaf == leaf for path, leaf in params.items()}
+    kernels = [path for path in params if path.endswith("kernel")]
+    for stage, (seen, held_out) in enumerate(table.visible):
+        grads = gradient(params, arrivals.sample_of(STREAM, table, state, stage))
+        scores = {p: np.where(masks[p], abs(params[p] * grads[p]), -1) for p in kernels}
+        every = np.sort(np.concatenate([np.ravel(scores[path]) for path in kernels]))
+        least = every[-round(STREAM.densities[stage] * every.size)]
+        masks |= {path: scores[path] >= least for path in kernels}
+        params = {path: leaf * masks[path] for path, leaf in params.items()}
+        moments, best = dict.fromkeys(params, np.float32(0)), (-1.0, params)
+        steps = len(seen) // 8
+        for epoch, rate in enumerate(np.float32([0.05, 0.005])):
+            order = data.epoch_batches(seen, epoch * steps, steps, 8, (seed, stage))
+            for rows in order:
+                grads = gradient(params, rows)
+                for path, leaf in params.items():
+                    decay = np.float32(5e-4 * (path in kernels)) * leaf
+                    slope = (grads[path] / np.float32(8) + decay) * masks[path]
+                    moments[path] = np.float32(0.9) * moments[path] + slope
+                params = {p: leaf - rate * moments[p] for p, leaf in params.items()}
+            accuracy = np.mean(np.argmax(logits(params, held_out), 1) == y[held_out])
+            best = (accuracy, params) if accuracy > best[0] else best
+        params = best[1]
+        after.append((params, dict(masks)))
+    return after
 
 
-@pytest.fixture(scope="module")
-def walked(tmp_path_factory):
-    """Runs the loop of `experiments.anytime`: states and costs after every stage."""
-
-    def run(names, **changes):
-        found, depart = {}, walks.Walk.depart
-
-        def watched(walk, stage, best, state):
-            after = depart(walk, stage, best, state)
-            kept = found.setdefault(walk.job.unit.method, [])
-            kept.append((on_host(after), walk.session.ledger.spent))
-            return after
-
-        workdir = str(tmp_path_factory.mktemp("walked"))
-        config = dataclasses.replace(OLD, methods=names, workdir=workdir, **changes)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(walks.Walk, "depart", watched)
-            patch.setattr(anytime, "report", lambda *_: {})  # Figures take long.
-            anytime.run(config)
-        return found
-
-    return run
+def test_stages_are_those_of_a_loop_written_out():
+    given = Streamed(OPTIONS, STREAM, np.asarray(labelled().labels))
+    training = constrain(
+        start(augments=False), *STREAM_METHODS["app"].constraints(given)
+    )
+    found, expected = learn(make_program(training), seed=2), learn_literally(seed=2)
+    assert len(found) == len(expected) == STAGES
+    for (state, _), (params, masks) in zip(found, expected, strict=True):
+        live = tree.flatten(get_masks(state.opt_state))
+        for path, leaf in tree.flatten(state.params).items():
+            np.testing.assert_array_equal(live[path], masks[path], path)
+            np.testing.assert_allclose(leaf, params[path], atol=1e-4)
 
 
-def check_bits(old, new, costs=True):
-    assert len(new) == len(old) == STAGES
-    for (state, spent), (known, known_spent) in zip(new, old, strict=True):
-        for field in ("params", "opt_state", "step", "key"):
-            assert same(getattr(state, field), getattr(known, field)), field
-        if costs:
-            np.testing.assert_allclose(spent, known_spent, rtol=1e-6)
+def test_scratch_begins_every_stage_anew():
+    heads = {"dense": [], "scratch": []}
+    for name, kept in heads.items():
+        made = program(name)
+
+        def begun(progress, kept=kept):
+            kept.append(np.array(progress.state.params["head"]["bias"]))
+
+        fit(made, begin(made, 0), labelled(), Watch(begun=begun))
+    first = [not bias.any() for bias in heads["scratch"][::STAGES]]
+    assert first == [True] * STAGES
+    assert [not bias.any() for bias in heads["dense"][::STAGES]] == [True, False, False]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("app_2022", "gradual"),
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("dense", "scratch", "one_shot", "app", "app_magnitude", "rigl")
-        ),
-    ],
-)
-def test_stages_have_the_bits_of_the_loop_that_it_replaces(name, walked):
-    old, new = walked((name,))[name], learn(program(name))
-    # The old cost of growth is a mean over the run.
-    check_bits(old, new, costs=name != "rigl")
-
-
-@pytest.mark.slow
-def test_the_match_of_the_released_code_has_the_bits_of_the_loop(walked):
-    old = walked(("app_2022", "random_matched"))
-    new = learn(program("app_2022"))
-    matched = program("random_matched")
-    left = {f"density_{n}": density(matched, s) for n, (s, _) in enumerate(new)}
-    assert left["density_2"] < STREAM.densities[2]
-    check_bits(old["random_matched"], learn(matched, **left))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"compat": "app-2022"},
-        {"select": "last", "schedule": "cosine"},
-        {"replay": "buffer", "replay_size": 20, "score_on": "new"},
-        {"stream_validation": 0.0, "steps": 9, "epochs": 10},
-    ],
-    ids=str,
-)
-def test_options_mean_what_they_meant(changes, walked):
-    old = walked(("app",), **changes)["app"]
-    check_bits(old, learn(program("app", **changes)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["d2_sparse", "d2_consolidated"])
-def test_pairs_end_where_the_loop_ends(name, walked):
-    """Their loss is another sum: the last bits differ."""
-    old, new = walked((name,))[name], learn(program(name))
-    for (state, _), (known, _) in zip(new, old, strict=True):
-        for a, b in zip(
-            jax.tree.leaves(state.params), jax.tree.leaves(known.params), strict=True
-        ):
-            np.testing.assert_allclose(a, b, atol=1e-4)
-
-
-FLAGS = [
-    {},
-    {"stratified": True, "replay": "none"},
-    {"permuted": False, "replay": "last"},
-    {"wait": 2, "replay": "fraction", "replay_fraction": 0.3, "megabatches": 5},
-    {"replay": "buffer", "replay_size": 20, "score_fraction": 0.5},
-    {"compat": "app-2022", "steps": 9},
-]
-
-
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-@pytest.mark.parametrize("seed", [0, 3])
-def test_the_same_examples_are_visible_as_before(flags, seed):
-    labels = np.asarray(labelled(seed).labels)
-    new = make_timetable(StreamOptions(**flags), labels, seed)
-    config = anytime.resolve(anytime.Config(batch_size=4, **flags))
-    old = options.make_timetable(config, labels, seed)
-    assert new.scored == old.scored
-    assert same((new.arrived, new.visible), (old.arrived, old.visible))
-    assert plan(StreamOptions(**flags), labels, 4) == old.stages
+# What prunes
 
 
 @pytest.mark.parametrize(
     "criterion",
     [
-        *("snip", "grasp", "synflow", "magnitude"),
+        *("snip", "grasp", "wanda", "magnitude"),
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("gradient", "fisher", "wanda", "random")
+            for name in ("gradient", "fisher", "synflow", "random")
         ),
     ],
 )
-def test_criteria_score_as_before(criterion):
-    made, seen = program("app"), labelled()
+@pytest.mark.parametrize("scope", ["global", "leaf"])
+def test_criteria_prune_to_the_density_and_cost_their_passes(criterion, scope):
+    made, sample = program("app"), train.take(labelled(), jnp.arange(12))
+    chosen = dataclasses.replace(STREAM, criterion=criterion, scope=scope)
     state = begin(made, 0).state
-    examples = train.take(seen, jnp.arange(12))
-    given = StreamOptions(criterion=criterion, score_batch=5)
-    task = anytime._make_stream_task(
-        OLD, seen, 10, options.make_timetable(OLD, np.asarray(seen.labels), 0)
-    )
-    masks = get_masks(state.opt_state)
-    each = [
-        scoring.make_scorer(task, criterion, 5)(state.params, masks, state, examples),
-        arrivals._make_scorer(made.training, given)(
-            state.params, masks, state, examples
-        ),
-    ]
-    old, new = (s.score(state.params, s.grads, jax.random.key(1)) for s in each)
-    assert same(old, new)
-    assert each[0].macs == each[1].macs
-    assert each[0].iterations == each[1].iterations
+    prune = arrivals.make_pruner(made.training, chosen)
+    pruned, spent = prune(state, sample, 0.25, 1)
+    network = made.training.network
+    live = live_weights(network, made.training.masks(pruned).trained)
+    assert sum(live.values()) == round(0.25 * network.weights)
+    if scope == "leaf":
+        assert live["head/kernel"] == 25
+    passes = {"magnitude": 0, "random": 0, "wanda": 12, "grasp": 144, "synflow": 300}
+    assert spent == passes.get(criterion, 36) * network.dense_macs
+
+
+def test_the_weights_that_are_scored_are_the_live_ones_or_fresh(monkeypatch):
+    scored, prune = [], anytime.prune
+
+    def watched(masks, params, *given):
+        scored.append((masks, params))
+        return prune(masks, params, *given)
+
+    monkeypatch.setattr(anytime, "prune", watched)
+    learn(program("app"))
+    assert len(scored) == STAGES
+    for masks, params in scored:
+        assert same(apply_masks(params, masks), params)
+    scored.clear()
+    learn(program("app_2022"))
+    _, second, third = [params["dense1"]["kernel"] for _, params in scored]
+    assert np.abs(second).max() <= 1 / 8  # Uniform in +-1 / sqrt(64).
+    assert (second != 0).all()  # The dead compete as well.
+    assert (second != third).mean() > 0.99
+
+
+# What is visible
+
+
+def test_the_released_order_is_that_of_the_data():
+    labels = np.arange(180) % 10
+    table = make_timetable(dataclasses.replace(STREAM, compat="app-2022"), labels, 0)
+    first = np.concatenate(table.arrived[0])
+    np.testing.assert_array_equal(np.sort(first), np.arange(60))
+
+
+def test_a_stream_sorted_by_class_trains_on_all_of_them_or_is_refused():
+    labels = np.repeat(np.arange(10), 18)
+    for stratified, megabatches in ((False, 3), (True, 3), (True, 1)):
+        options = StreamOptions(
+            megabatches=megabatches, stratified=stratified, permuted=False
+        )
+        last = make_timetable(options, labels, 0).visible[-1]
+        assert set(labels[last.train]) == set(range(10))
+        assert not stratified or set(labels[last.validation]) == set(range(10))
+    options = StreamOptions(megabatches=3, permuted=False, wait=2)
+    with pytest.raises(ValueError, match=r"none of the examples of \[7, 8, 9\]"):
+        make_timetable(options, labels, 0)
 
 
 # Interruptions, and several runs at once

@@ -219,7 +219,11 @@ def test_a_directory_of_another_comparison_is_refused(finished):
 def test_runs_of_one_program_are_those_alone(finished, tmp_path):
     _, _, runs = finished
     config = dataclasses.replace(
-        TINY, methods=("rigl",), runs_at_once=4, workdir=str(tmp_path / "together")
+        TINY,
+        methods=("rigl",),
+        rounds=study.Config.rounds,
+        runs_at_once=4,
+        workdir=str(tmp_path / "together"),
     )
     together = study.compare(config)
     alone = runs[runs["method"] == "rigl"]
@@ -233,8 +237,7 @@ def test_runs_of_one_program_are_those_alone(finished, tmp_path):
 def test_a_run_that_diverges_is_in_the_table_and_all_of_them_are_an_error(tmp_path):
     config = dataclasses.replace(
         TINY,
-        methods=("dense",),
-        axes={"learning_rate": (0.1, 1e30)},
+        **(ALONE | {"methods": ("dense",), "axes": {"learning_rate": (0.1, 1e30)}}),
         seeds=1,
         workdir=str(tmp_path / "some"),
     )

@@ -19,12 +19,14 @@ class Known(NamedTuple):
       network: the network of all methods.
       samples: number of training examples.
       resize: width -> the network of another width.
+      steps: optimiser steps of a training with these flags.
     """
 
     flags: Any
     network: Network
     samples: int
     resize: Callable[[float], Network]
+    steps: int
 
 
 def steps_of_rigl(known: Known) -> int:

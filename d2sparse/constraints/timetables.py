@@ -9,7 +9,7 @@ import numpy as np
 
 from d2sparse import anytime, data
 from d2sparse.anytime import DEAD, LEVELS, Dead, LevelSchedule, Stage
-from d2sparse.anytime.journeys import STAGE_SCHEDULES, StageSchedule
+from d2sparse.anytime.stages import STAGE_SCHEDULES, StageSchedule
 from d2sparse.data import REPLAYS, Replay, Stream
 from d2sparse.train import Data, TrainState
 

@@ -18,7 +18,7 @@ Replay = Literal["none", "last", "full", "buffer", "fraction"]
 REPLAYS: tuple[Replay, ...] = get_args(Replay)
 
 # Parts of the seed of a stream of words; 1 to 4 are those of budgets and wrong labels,
-# 10 is that of the examples that `experiments.anytime` scores on.
+# 10 is that of the examples that arrivals are scored on.
 _ORDER, _DEAL, _BUFFER, _FRACTION, _EPOCH, _HELD_OUT = 5, 6, 7, 8, 9, 11
 
 

@@ -38,7 +38,8 @@ class Experiment(NamedTuple):
       check: called before anything is trained, refuses a run directory whose finished
         runs do not go with the plans.
       examine: further results at the end of a run and of every titled phase.
-      settings: (plan, seed) -> settings of a run besides those of its plan.
+      settings: (plan, seed, run directory) -> settings of a run besides those of its
+        plan; a FloatingPointError says why it cannot be trained.
       report: writes summary, table and figures.
     """
 
@@ -48,7 +49,7 @@ class Experiment(NamedTuple):
     values: Values = lambda row, base: {}
     check: Callable[[records.Run, Sequence[Plan]], None] = lambda out, plans: None
     examine: Examine = lambda end: {}
-    settings: Settings = lambda plan, seed: {}
+    settings: Settings = lambda plan, seed, out: {}
     report: Report = reporting.report
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from d2sparse import records, train, tree
 from d2sparse.checks import optional
+from d2sparse.constraints import StreamOptions
 from d2sparse.study.flags import Config
 from d2sparse.study.grid import Plan
 from d2sparse.study.splits import DrawSplits
@@ -95,7 +96,12 @@ def _one_step(program: Program) -> Any:
 
 
 def _count_steps(plan: Plan) -> int:
-    """Steps of all phases; one that rewinds begins where the one before it ended."""
+    """Steps of all phases; one that rewinds begins where the one before it ended.
+
+    On a stream none rewinds, and some are without steps.
+    """
+    if isinstance(plan.config, StreamOptions):
+        return plan.training.horizon
     steps, last = 0, 0
     for phase in plan.training.phases:
         steps += phase.stop - last if phase.stop > last else phase.stop

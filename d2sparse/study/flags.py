@@ -5,13 +5,14 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
+from d2sparse import data
 from d2sparse.constraints import METHODS, MIXES, Options
 
 MethodName = Literal[*METHODS]  # type: ignore[valid-type]
 MixName = Literal[*MIXES]  # type: ignore[valid-type]
 PrunableName = Literal["kernels", "convolutions", "body"]
 OptimizerName = Literal["sgd", "sgdw", "adamw"]
-ScheduleName = Literal["cosine", "constant"]
+ScheduleName = Literal["cosine", "step", "constant"]
 
 
 def aside(default: Any) -> Any:
@@ -63,7 +64,8 @@ class TrainingFlags:
     # sgd adds the weight decay to the gradient, sgdw and adamw to the step.
     optimizer: OptimizerName = "sgd"
     learning_rate: float = 0.1  # at the first step
-    # Learning-rate schedule; cosine falls to 0 at the last step.
+    # Learning-rate schedule; cosine falls to 0 at the last step, step to a tenth after
+    # 40 % and a hundredth after 80 % of them.
     schedule: ScheduleName = "cosine"
     momentum: float = 0.9  # of sgd; the first moment's decay in adamw
     weight_decay: float = 5e-4  # on live kernels
@@ -118,7 +120,8 @@ class Config(RunFlags, Options, TrainingFlags, NetworkFlags, DataFlags):
           ValueError: naming the flag.
         """
         super().__post_init__()
-        check_least(self, _LEAST)
+        # Steps have no effect beside epochs.
+        check_least(self, _LEAST | ({"steps": 0} if self.epochs else {}))
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         for name in _PARTS:
@@ -128,6 +131,17 @@ class Config(RunFlags, Options, TrainingFlags, NetworkFlags, DataFlags):
                 )
         check_names("with", self.with_, MIXES)
         self._check_axes()
+
+    def count_steps(self, labels: Any) -> int:
+        """Optimiser steps of one training on these labels.
+
+        >>> Config(epochs=1.5, batch_size=4).count_steps([0] * 8)
+        3
+        """
+        if not self.epochs:
+            return self.steps
+        epoch = data.steps_per_epoch(len(labels), self.batch_size)
+        return max(round(self.epochs * epoch), 1)
 
     def _check_axes(self) -> None:
         known = {field.name for field in dataclasses.fields(self)}

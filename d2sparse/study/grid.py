@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from d2sparse import data, train
-from d2sparse.constraints import METHODS, Method, Options
+from d2sparse.constraints import METHODS, Method, Options, StreamOptions
 from d2sparse.constraints.equal_costs import Known
 from d2sparse.schedules import refresh_interval, refresh_stop
-from d2sparse.study.flags import Config, check_names, given, text_of
+from d2sparse.study.flags import Config, TrainingFlags, check_names, given, text_of
 from d2sparse.study.splits import DrawSplits
 from d2sparse.study.trainings import (
     MakeModel,
@@ -22,6 +22,13 @@ from d2sparse.study.trainings import (
     rehearse,
 )
 from d2sparse.train import Data, Network, Program, Training, describe
+
+# Flags that some methods go by and others do not.
+_OF_METHODS = {
+    field.name
+    for options in (Options, StreamOptions)
+    for field in dataclasses.fields(options)
+} - {field.name for field in dataclasses.fields(TrainingFlags)}
 
 
 class Row(NamedTuple):
@@ -66,7 +73,7 @@ class Plan(NamedTuple):
     @property
     def dense_training_macs(self) -> float:
         """Cost of the training of the dense network, per example of a batch."""
-        return 3.0 * self.base.flags.steps * self.base.network.dense_macs
+        return 3.0 * self.base.steps * self.base.network.dense_macs
 
 
 def make_plans(
@@ -125,7 +132,7 @@ def list_rows(config: Config, methods: Mapping[str, Method] = METHODS) -> list[R
         axes = [
             [(flag, value) for value in values]
             for flag, values in config.axes.items()
-            if flag in used or not hasattr(Options, flag)
+            if flag in used or flag not in _OF_METHODS
         ]
         rows += [Row(name, values) for values in itertools.product(*axes)]
     return rows
@@ -156,24 +163,24 @@ def configure(
 def describe_base(config: Config, row: Row, like: Data, build: MakeModel) -> Known:
     """What is known before the training of a row is made."""
     flags = with_values(config, row)
-    size = len(like.labels)
-    epoch = data.steps_per_epoch(size, flags.batch_size)
-    if flags.epochs:
-        steps = max(round(flags.epochs * epoch), 1)
-        flags = dataclasses.replace(flags, steps=steps, epochs=0.0)
-    interval = refresh_interval(size, flags.batch_size, refresh_stop(flags.steps))
-    flags = dataclasses.replace(
-        flags,
-        refresh_interval=flags.refresh_interval or interval,
-        horizon=flags.horizon or max(flags.steps / 6, epoch),
-    )
+    size, steps = len(like.labels), flags.count_steps(like.labels)
+    if not isinstance(flags, StreamOptions):  # On which they follow from its stages.
+        epoch = data.steps_per_epoch(size, flags.batch_size)
+        interval = refresh_interval(size, flags.batch_size, refresh_stop(steps))
+        flags = dataclasses.replace(
+            flags,
+            steps=steps,
+            epochs=0.0,
+            refresh_interval=flags.refresh_interval or interval,
+            horizon=flags.horizon or max(steps / 6, epoch),
+        )
 
     def resize(width: float) -> Network:
         return describe(build(dataclasses.replace(flags, width=width)), like)
 
     network = describe(build(flags), like)
     prunable = make_prunable(flags.prunable, network, like.images.shape[1:])
-    return Known(flags, network._replace(prunable=prunable), size, resize)
+    return Known(flags, network._replace(prunable=prunable), size, resize, steps)
 
 
 def flags_used(rows: Iterable[Method], options: Options) -> set[str]:
@@ -220,19 +227,19 @@ def check_effects(config: Config, methods: Mapping[str, Method] = METHODS) -> No
     check_names("methods", config.methods, methods)
     fields = {field.name: field for field in dataclasses.fields(config)}
     names = config.methods if fields["methods"].compare else tuple(methods)
-    options = {field.name for field in dataclasses.fields(Options)}
     used = flags_used(
         [row for name in names for row in mixed(config, methods[name])],
         config,
     )
     values = given(config)
     for flag in (*values, *config.axes):
-        if flag in options and flag not in used:
+        if flag in _OF_METHODS and flag not in used:
             raise ValueError(
                 f"expected no {flag}, which none of {', '.join(names)} goes "
                 f"by, got {values.get(flag, config.axes.get(flag))}; leave it away"
             )
-    if config.epochs and ("steps" in values or "steps" in config.axes):
+    both = config.epochs and ("steps" in values or "steps" in config.axes)
+    if both and not isinstance(config, StreamOptions):
         raise ValueError("expected either steps or epochs, got both; leave one away")
     for flag in config.axes.keys() & values.keys():
         raise ValueError(

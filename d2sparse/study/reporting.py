@@ -206,9 +206,11 @@ def _values(row: Mapping[str, Any], by: Sequence[str]) -> tuple[Any, ...]:
     return tuple(None if row[k] != row[k] else row[k] for k in by)
 
 
-def read(config: Config, out: records.Run, plans: Sequence[Plan]) -> "pd.DataFrame":
-    """The runs of these plans and seeds among all of a run directory."""
-    runs = read_runs(out)
+def read(
+    config: Config, out: records.Run, plans: Sequence[Plan], parts: bool = False
+) -> "pd.DataFrame":
+    """The runs of these plans and seeds in a run directory, or their parts."""
+    runs = read_runs(out, parts)
     if not len(runs):
         return runs
     names = {plan.row.name for plan in plans}

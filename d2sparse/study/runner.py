@@ -70,7 +70,7 @@ class End(NamedTuple):
 
 
 Examine = Callable[[End], Mapping[str, Any]]
-Settings = Callable[[Plan, int], Mapping[str, float]]
+Settings = Callable[[Plan, int, records.Run], Mapping[str, float]]
 _Group = list[tuple[Plan, int]]  # Runs that one program can train at once.
 
 
@@ -82,14 +82,15 @@ class Runner(NamedTuple):
       out: where measurements and results are recorded.
       draw_splits: data of a seed.
       examine: further results at the end of a run and of every titled phase.
-      settings: (plan, seed) -> settings of a run besides those of its plan.
+      settings: (plan, seed, run directory) -> settings of a run besides those of its
+        plan; a FloatingPointError says why it cannot be trained.
     """
 
     config: Config
     out: records.Run
     draw_splits: DrawSplits
     examine: Examine = lambda end: {}
-    settings: Settings = lambda plan, seed: {}
+    settings: Settings = lambda plan, seed, out: {}
 
 
 def run_plans(runner: Runner, plans: Sequence[Plan]) -> None:
@@ -191,7 +192,7 @@ def _train_group(
         names = plan.program.training.settings
         settings = {
             **{name: plan.training.settings[name] for name in names},
-            **runner.settings(plan, seed),
+            **given[unit_of(plan, seed)],
         }
         member = _Member(plan, seed, splits, tracker)
         tracker.measure = functools.partial(_measure, member)
@@ -199,7 +200,8 @@ def _train_group(
         data, key = splits.train, jax.random.key(seed)
         return member, tracker.begin(plan.program, data, settings, key)
 
-    rest = list(runs)
+    given = _settings_of(runner, runs)
+    rest = [run for run in runs if unit_of(*run) in given]
     while rest:
         group = [begin(*rest[0])]
         size = _how_many(runner.config, *group[0], len(rest))
@@ -208,6 +210,19 @@ def _train_group(
         # A run that has lost its last checkpoint is behind the others.
         for _, together in itertools.groupby(sorted(group, key=_place), _place):
             _train_together(runner, list(together))
+
+
+def _settings_of(
+    runner: Runner, runs: Sequence[tuple[Plan, int]]
+) -> dict[records.Unit, Mapping[str, float]]:
+    """The settings of the runs that can be trained; the others have failed."""
+    given = {}
+    for plan, seed in runs:
+        try:
+            given[unit_of(plan, seed)] = runner.settings(plan, seed, runner.out)
+        except FloatingPointError as error:
+            runner.out.fail(unit_of(plan, seed), str(error))
+    return given
 
 
 def _place(begun: tuple[_Member, Progress]) -> tuple[int, int]:

@@ -46,8 +46,9 @@ def make_training(
     """
     model = build(flags)
     network = describe(model, like)
+    steps = flags.count_steps(like.labels)
     recipe = Recipe(
-        *(flags.steps, flags.batch_size, flags.optimizer, flags.learning_rate),
+        *(steps, flags.batch_size, flags.optimizer, flags.learning_rate),
         *(flags.schedule, flags.momentum, flags.weight_decay, flags.sharpness),
         label_smoothing=flags.label_smoothing,
         augment=_augment(flags, like),

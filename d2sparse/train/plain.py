@@ -19,6 +19,9 @@ from d2sparse.tree import Prunable, PyTree, is_kernel
 
 SCHEDULES: dict[str, Callable[[Any, int], optax.Schedule]] = {
     "cosine": optax.cosine_decay_schedule,
+    "step": lambda first, horizon: optax.piecewise_constant_schedule(
+        first, {round(0.4 * horizon): 0.1, round(0.8 * horizon): 0.1}
+    ),
     "constant": lambda first, horizon: optax.constant_schedule(first),
 }
 
@@ -31,7 +34,8 @@ class Recipe(NamedTuple):
       batch_size: examples per step.
       optimizer: "sgd", "sgdw" or "adamw", see `make_optimizer`.
       learning_rate: at the first step.
-      schedule: "cosine", falling to 0 at the last step, or "constant".
+      schedule: "cosine", falling to 0 at the last step; "step", to a tenth after 40 %
+        and a hundredth after 80 % of them; or "constant".
       momentum: decay of the first moment.
       weight_decay: on live kernels.
       sharpness: radius of sharpness-aware minimisation; 0 for the plain gradient.

@@ -1,6 +1,6 @@
-"""A learner on a stream: stage after stage, epoch after epoch, and its best state."""
+"""The stages of a stream: steps, learning rates, and what the next resumes from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -15,7 +15,7 @@ STAGE_SCHEDULES: tuple[StageSchedule, ...] = get_args(StageSchedule)
 
 
 class Stage(NamedTuple):
-    """When a learner trains on what is visible after one arrival.
+    """The training on what is visible after one arrival.
 
     Attributes:
       begin: step of the run at which it begins.
@@ -31,24 +31,6 @@ class Stage(NamedTuple):
     def end(self) -> int:
         """Step of the run before which it ends."""
         return self.begin + self.epochs * self.per_epoch
-
-
-class Journey(NamedTuple):
-    """Where a learner on a stream stands; a copy of it is the run.
-
-    Attributes:
-      stage: int32[], arrivals before the one it learns from.
-      epoch: int32[], epochs of the stage that are over and validated.
-      state: what is being trained.
-      best: the state after the best epoch of the stage; before the first, any.
-      score: float32[], what that was measured by; -inf before the first.
-    """
-
-    stage: jax.Array
-    epoch: jax.Array
-    state: TrainState
-    best: TrainState
-    score: jax.Array
 
 
 def plan_stages(
@@ -102,12 +84,6 @@ def stage_rate(
     return learning_rate
 
 
-def begin_journey(state: TrainState) -> Journey:
-    """A learner that has seen nothing."""
-    zero = jnp.zeros((), jnp.int32)
-    return Journey(zero, jnp.copy(zero), state, _copy(state), jnp.float32(-jnp.inf))
-
-
 def go_on_from(
     best: TrainState, state: TrainState, fresh: TrainState | None = None
 ) -> TrainState:
@@ -117,7 +93,7 @@ def go_on_from(
     them, go on.
 
     Args:
-      best: what is gone on from.
+      best: what is resumed from.
       state: where the training stands.
       fresh: a state without momentum, whose moments are taken; None keeps those of
         `state`, as if weights and moments belonged together.
@@ -141,62 +117,5 @@ def go_on_from(
             moments,
             is_leaf=has_masks,
         )
-    return _copy(
-        best._replace(step=state.step, faults=state.faults, opt_state=opt_state)
-    )
-
-
-def learn_stream(
-    journey: Journey,
-    stages: Sequence[Stage],
-    arrive: Callable[[int, TrainState], TrainState],
-    fit: Callable[[Journey, int], TrainState],
-    validate: Callable[[int, TrainState], float],
-    depart: Callable[[int, TrainState, TrainState], TrainState],
-) -> TrainState:
-    """Trains through all stages from wherever the journey stands.
-
-    After every epoch the state is validated, and the best of its stage is kept: the
-    first of equals.
-
-    Args:
-      journey: where to start; its state is used up.
-      stages: all stages of the stream.
-      arrive: `(stage, state) -> state`, what becomes of the network when the data of a
-        stage arrive, such as a pruning.
-      fit: `(journey, step) -> state`, trains the state of the journey up to a step on
-        what is visible at its stage. What is saved inside of it has to be the journey
-        with the present state in place of its own.
-      validate: `(stage, state) -> score`, larger is better. With a score that never
-        falls the last epoch counts.
-      depart: `(stage, best, state) -> state`: the stage is over; what comes next begins
-        with the result.
-
-    Returns:
-      The best state of the last stage.
-    """
-    for number in range(int(journey.stage), len(stages)):
-        stage = stages[number]
-        # Inside of the stage it has arrived already.
-        if int(journey.state.step) == stage.begin:
-            journey = begin_journey(arrive(number, journey.state))
-            journey = journey._replace(stage=jnp.int32(number))
-        for epoch in range(int(journey.epoch), stage.epochs):
-            stop = stage.begin + (epoch + 1) * stage.per_epoch
-            state = fit(journey, stop)
-            score = jnp.float32(
-                validate(number, state)
-            )  # As it is kept, or ties differ.
-            journey = journey._replace(state=state, epoch=jnp.int32(epoch + 1))
-            if score > journey.score:
-                journey = journey._replace(best=_copy(state), score=score)
-        best = journey.best
-        journey = journey._replace(
-            state=depart(number, best, journey.state), epoch=jnp.int32(0)
-        )
-    return best
-
-
-def _copy(state: TrainState) -> TrainState:
-    """Not used up by the training of the other."""
-    return jax.tree.map(jnp.copy, state)
+    resumed = best._replace(step=state.step, faults=state.faults, opt_state=opt_state)
+    return jax.tree.map(jnp.copy, resumed)  # Training uses up what it is given.

@@ -1,1 +1,0 @@
-"""What `experiments.anytime` is made of: its flags, its learners, their walk."""
