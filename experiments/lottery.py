@@ -53,7 +53,7 @@ def keep_ticket(end: study.End) -> Mapping[str, Any]:
     masks = get_masks(end.progress.state.opt_state)
     network = end.plan.training.network
     pruned = 1 - study.live_weights(network, masks) / network.weights
-    if not end.title or end.plan.row.method == "rise":
+    if not end.title or end.plan.row.method == "rise" or not end.out.writes:
         return {"pruned": pruned}
     ticket = end.progress.memory["ticket"]
     name = f"{end.plan.row.name}-seed{end.seed}"
