@@ -35,4 +35,4 @@ def test_experiments_end_with_a_table_in_64_bits(name, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "|:--" in done.stdout, done.stdout
+    assert "| :--" in done.stdout, done.stdout

@@ -50,7 +50,7 @@ def report(comparison: Comparison, classes: int, test_size: int) -> dict[str, An
         runs = measure_streams(stages, plans, classes, test_size)
     rows, tables = _summarise(comparison, runs)
     along = {
-        name: {key: part.groupby("arrived")[key].mean().tolist() for key in _ALONG}
+        name: {key: _along(part, key) for key in _ALONG}
         for name, part in (stages.groupby("run", sort=False) if len(stages) else ())
     }
     results = {"rows": rows.to_dict("records"), "stages": along}
@@ -58,6 +58,14 @@ def report(comparison: Comparison, classes: int, test_size: int) -> dict[str, An
     if len(stages):
         _draw(comparison, stages)
     return summary
+
+
+def _along(part: "pd.DataFrame", key: str) -> list[float]:
+    """Means over seeds after every stage; NaN where nothing was held out."""
+    means: list[float] = (
+        part[key].astype(float).groupby(part["arrived"]).mean().tolist()
+    )
+    return means
 
 
 def measure_streams(
