@@ -16,7 +16,7 @@ experiment starts from one by `--ticket`.
 import dataclasses
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -29,7 +29,10 @@ from d2sparse.transforms import get_masks
 class Config(study.Config):
     """What is pruned."""
 
-    methods: tuple[study.MethodName, ...] = ("imp",)  # imp, or rise that holds weights
+    HIDDEN = ("ticket", *study.unread_options(("imp", "rise")))
+
+    # imp, whose pruned weights are 0, or rise, which holds them at their early values.
+    methods: tuple[Literal["imp", "rise"], ...] = ("imp",)
     sparsity: float = 0.95  # zeros among the prunable weights after the last round
     rounds: int = 6  # prunings, each of the same part of the live weights
     axes: Mapping[str, tuple[Any, ...]] = dataclasses.field(

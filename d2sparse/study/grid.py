@@ -197,6 +197,16 @@ def flags_used(rows: Iterable[Method], options: Options) -> set[str]:
     return used
 
 
+def unread_options(names: Iterable[str]) -> tuple[str, ...]:
+    """The options that none of some methods of METHODS goes by."""
+    rows = [METHODS[name] for name in names]
+    read: set[str] = set()
+    for options in (Options(), Options(pattern="n_of_m")):
+        read |= flags_used(rows, options)
+    fields = dataclasses.fields(Options)
+    return tuple(field.name for field in fields if field.name not in read)
+
+
 class _Recorder:
     """Options that remember which of them are read."""
 
