@@ -260,7 +260,7 @@ def test_a_run_of_a_group_that_diverges_is_not_taken_up_again(whole, tmp_path):
     config, out = own.config, records.open_run(tmp_path, own.config, study.Finished)
     runner = study.Runner(
         *(config, out, own.draw),
-        settings=lambda plan, seed: {"learning_rate": wild[seed]},
+        settings=lambda plan, seed, out: {"learning_rate": wild[seed]},
     )
     study.run_plans(runner, own.plans)
     why = out.failures()
@@ -278,7 +278,7 @@ def test_every_run_of_a_group_says_where_it_diverged(whole, tmp_path, monkeypatc
     wild = {0: 1e30, 1: 1e12}
     runner = study.Runner(
         *(own.config, out, own.draw),
-        settings=lambda plan, seed: {"learning_rate": wild[seed]},
+        settings=lambda plan, seed, out: {"learning_rate": wild[seed]},
     )
     study.run_plans(runner, own.plans)
     told = [why.split(" is not")[0] for why in out.failures().values()]

@@ -8,9 +8,9 @@ import dataclasses
 import pytest
 from runs import read
 
-from d2sparse import study
+from d2sparse import records, study
 from d2sparse.data import CORRUPTIONS
-from d2sparse.study import cli, runner
+from d2sparse.study import cli, reporting, runner
 from experiments import compare, d2_sparse, lottery, low_data, prune
 
 RESULT = {
@@ -123,3 +123,12 @@ def test_a_run_of_which_everything_fails_has_status_1(
         assert "-seed0 since its update of step 3 is not finite" in told
         assert told.count("\n") == 1
     assert (tmp_path / "run" / "table.md").read_text().count("is not counted") == 2
+
+
+def test_of_several_processes_only_the_first_writes_and_prints(tmp_path, capsys):
+    config = EXPERIMENTS["prune"][1]
+    for number, writes in enumerate((False, True)):
+        out = records.Run(tmp_path, writes=writes)
+        reporting.write(study.Comparison(config, out, (), None), {}, "| a table |")
+        assert ("| a table |" in capsys.readouterr().out) == writes
+        assert len(list(tmp_path.iterdir())) == 2 * number
