@@ -188,7 +188,8 @@ def flags_used(rows: Iterable[Method], options: Options) -> set[str]:
     used: set[str] = set()
     for row in rows:
         sets = {k: v for k, v in row.sets.items() if not callable(v)}
-        recorder = _Recorder(dataclasses.replace(options, **sets))
+        known = {k: v for k, v in sets.items() if hasattr(options, k)}
+        recorder = _Recorder(dataclasses.replace(options, **known))
         row.constraints(recorder)
         made = row.sets.keys() - sets.keys()  # From what a sparse network costs.
         used |= (recorder.read - made) | sets.keys()
