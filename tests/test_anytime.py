@@ -11,7 +11,10 @@ import pytest
 from d2sparse import anytime, rules, scores, train
 from d2sparse.anytime import LEVELS, Stage, density, levels, prune
 from d2sparse.masks import dense_masks
+from d2sparse.rules import one_shot
 from d2sparse.transforms import get_masks, set_masks, sparsify
+
+HALF = rules.one_shot(0.5)
 
 SHAPES = {"a": (40, 30), "b": (7, 11, 3)}
 SIZE = 40 * 30 + 7 * 11 * 3
@@ -79,7 +82,7 @@ def test_numbers_are_exact_and_masks_monotone():
     masks = dense_masks(tree(0))
     for stage, level in enumerate(levels(4.5, 8)):
         before, params = masks, tree(stage)
-        masks = prune(masks, params, 1 - density(level))
+        masks = prune(masks, params, one_shot(1 - density(level)))
         assert live(masks) == round(density(level) * SIZE)
         for new, old in zip(*map(jax.tree.leaves, (masks, before)), strict=True):
             assert not (new & ~old).any()
@@ -89,7 +92,9 @@ def test_ties_change_no_number():
     zeros = jax.tree.map(jnp.zeros_like, tree(0))
     masks = dense_masks(zeros)
     for level in levels(4.5, 5):
-        masks = prune(masks, zeros, 1 - density(level), scores.saliency, zeros)
+        masks = prune(
+            masks, zeros, one_shot(1 - density(level), scores.saliency), zeros
+        )
         assert live(masks) == round(density(level) * SIZE)
 
 
@@ -98,9 +103,8 @@ def test_random_masks_that_are_multiplied_are_as_sparse_as_expected():
     masks, expected = dense_masks(params), 1.0
     for stage, level in enumerate(levels(4.5, 8)):
         key = jax.random.key(stage)
-        masks = prune(
-            masks, params, 1 - density(level), scores.random, dead="intersect", key=key
-        )
+        rule = one_shot(1 - density(level), scores.random)
+        masks = prune(masks, params, rule, dead="intersect", key=key)
         expected *= density(level)
     assert expected == pytest.approx(0.0074, abs=5e-5)
     deviation = np.sqrt(200_000 * expected)
@@ -108,11 +112,11 @@ def test_random_masks_that_are_multiplied_are_as_sparse_as_expected():
 
 
 def test_the_revived_may_come_back():
-    first = prune(dense_masks(tree(0)), tree(0), 0.5)
-    again = prune(first, tree(1), 0.5, dead="revive")
+    first = prune(dense_masks(tree(0)), tree(0), HALF)
+    again = prune(first, tree(1), HALF, dead="revive")
     assert live(again) == live(first)
     assert live(jax.tree.map(lambda new, old: new & ~old, again, first)) > 100
-    both = prune(first, tree(1), 0.5, dead="intersect")
+    both = prune(first, tree(1), HALF, dead="intersect")
     joined = jax.tree.map(jnp.logical_and, again, first)
     assert live(jax.tree.map(jnp.not_equal, both, joined)) == 0
 
@@ -121,9 +125,9 @@ def test_a_nan_and_an_unknown_treatment_are_refused():
     params = tree(0)
     params["b"]["kernel"] = params["b"]["kernel"].at[0].set(jnp.nan)
     with pytest.raises(ValueError, match="without NaN, got NaN at 'b/kernel'"):
-        prune(dense_masks(params), params, 0.5)
+        prune(dense_masks(params), params, HALF)
     with pytest.raises(ValueError, match=r"dead of exclude, .*got 'zombie'"):
-        prune(dense_masks(tree(0)), tree(0), 0.5, dead="zombie")
+        prune(dense_masks(tree(0)), tree(0), HALF, dead="zombie")
 
 
 # Stages

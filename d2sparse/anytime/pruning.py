@@ -1,14 +1,12 @@
-"""One pruning on the way."""
+"""One pruning of a network that was pruned before."""
 
 from typing import Literal, get_args
 
 import jax
 
-from d2sparse import distributions, rules, scores
-from d2sparse.distributions import Distribution
 from d2sparse.masks import dense_masks
-from d2sparse.scores import Score
-from d2sparse.tree import Prunable, PyTree, is_kernel
+from d2sparse.rules import MaskRule
+from d2sparse.tree import PyTree
 
 Dead = Literal["exclude", "revive", "intersect"]
 DEAD: tuple[Dead, ...] = get_args(Dead)
@@ -17,18 +15,14 @@ DEAD: tuple[Dead, ...] = get_args(Dead)
 def prune(
     masks: PyTree,
     params: PyTree,
-    sparsity: float,
-    score: Score = scores.magnitude,
+    rule: MaskRule,
     grads: PyTree = None,
     dead: Dead = "exclude",
-    distribution: Distribution = distributions.global_,
-    prunable: Prunable = is_kernel,
-    iterations: int = 1,
     key: jax.Array | None = None,
 ) -> PyTree:
-    """Masks of the largest scores, as many as the sparsity leaves of all weights.
+    """Masks of the largest scores, as many as a rule leaves of all weights.
 
-    What becomes of weights that are dead already:
+    Weights that were pruned before:
 
     * `"exclude"`: they stay dead. The masks are monotone and their number is exact.
     * `"revive"`: they compete with the others, and may come back.
@@ -38,13 +32,9 @@ def prune(
     Args:
       masks: tree of bool like the parameters.
       params: weights as the score shall see them.
-      sparsity: fraction of zeros among the prunable weights, in [0, 1).
-      score: which weights matter, of `d2sparse.scores`.
+      rule: made by `rules.one_shot`: how many weights are left, and by which score.
       grads: gradients, for the scores that look at them.
       dead: one of the above.
-      distribution: how the budget is shared between the leaves.
-      prunable: predicate on (path, leaf).
-      iterations: prunings in geometric steps, for scores such as SynFlow.
       key: random key for the score.
 
     Raises:
@@ -52,20 +42,18 @@ def prune(
         that is NaN; it names the leaf.
 
     >>> import jax.numpy as jnp
+    >>> from d2sparse import rules
     >>> masks = {"kernel": jnp.array([False, True, True, True])}
     >>> params = {"kernel": jnp.array([9.0, 1.0, 2.0, 3.0])}
+    >>> half = rules.one_shot(0.5, prunable=lambda *_: True)
     >>> for dead in ("exclude", "revive", "intersect"):
-    ...     kept = prune(masks, params, 0.5, dead=dead, prunable=lambda *_: True)
-    ...     print(dead, kept["kernel"].tolist())
+    ...     print(dead, prune(masks, params, half, dead=dead)["kernel"].tolist())
     exclude [False, False, True, True]
     revive [True, False, False, True]
     intersect [False, False, False, True]
     """
     if dead not in DEAD:
         raise ValueError(f"expected dead of {', '.join(DEAD)}, got {dead!r}")
-    rule = rules.one_shot(
-        sparsity, score, distribution, prunable, iterations=iterations
-    )
     competing = masks if dead == "exclude" else dense_masks(params)
     key = jax.random.key(0) if key is None else key
     chosen = rule.update(competing, params, grads, 0, key)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2sparse import anytime, distributions, macs, scores, tree
+from d2sparse import anytime, distributions, macs, rules, scores, tree
 from d2sparse.constraints.scored import SYNFLOW_ITERATIONS, kernel_inputs, make_logits
 from d2sparse.constraints.timetables import StreamOptions, Timetable
 from d2sparse.data.budgets import shuffled
@@ -92,18 +92,15 @@ def make_pruner(training: Training, options: StreamOptions) -> Prune:
         if options.score_weights == "fresh" and stage:
             weights = fresh_weights(weights, training.network.prunable, weights_key)
         scoring = score(weights, masks, state, sample)
-        masks = anytime.prune(
-            masks,
-            weights,
+        rule = rules.one_shot(
             1 - density,
             scoring.score,
-            scoring.grads,
-            options.dead,
             shares[options.scope],
             training.network.prunable,
-            scoring.iterations,
-            score_key,
+            iterations=scoring.iterations,
         )
+        grads, dead = scoring.grads, options.dead
+        masks = anytime.prune(masks, weights, rule, grads, dead, score_key)
         pruned = state._replace(
             params=apply_masks(state.params, masks),
             opt_state=set_masks(state.opt_state, masks),
