@@ -41,6 +41,8 @@ _NO_MEANING = {
 class Config(StreamOptions, study.Config):
     """What is compared."""
 
+    HIDDEN = (*_NO_MEANING, *study.unread_options(streams.WITHIN))
+
     # What to compare. app_magnitude is app with that criterion, app_2022 is APP as its
     # released code does it, and random_matched deletes random weights down to the
     # densities that app_2022 has come to.

@@ -16,7 +16,7 @@ experiment starts from one by `--ticket`.
 import dataclasses
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -29,7 +29,10 @@ from d2sparse.transforms import get_masks
 class Config(study.Config):
     """What is pruned."""
 
-    methods: tuple[study.MethodName, ...] = ("imp",)  # imp, or rise that holds weights
+    HIDDEN = ("ticket", *study.unread_options(("imp", "rise")))
+
+    # imp, whose pruned weights are 0, or rise, which holds them at their early values.
+    methods: tuple[Literal["imp", "rise"], ...] = ("imp",)
     sparsity: float = 0.95  # zeros among the prunable weights after the last round
     rounds: int = 6  # prunings, each of the same part of the live weights
     axes: Mapping[str, tuple[Any, ...]] = dataclasses.field(
@@ -53,7 +56,7 @@ def keep_ticket(end: study.End) -> Mapping[str, Any]:
     masks = get_masks(end.progress.state.opt_state)
     network = end.plan.training.network
     pruned = 1 - study.live_weights(network, masks) / network.weights
-    if not end.title or end.plan.row.method == "rise":
+    if not end.title or end.plan.row.method == "rise" or not end.out.writes:
         return {"pruned": pruned}
     ticket = end.progress.memory["ticket"]
     name = f"{end.plan.row.name}-seed{end.seed}"

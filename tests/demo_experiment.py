@@ -6,7 +6,7 @@ It stands for a real experiment in the tests of the command line.
 import dataclasses
 from typing import Literal
 
-from experiments import cli
+from d2sparse.study import cli
 
 
 @dataclasses.dataclass(frozen=True)

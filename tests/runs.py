@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
+from d2sparse.models import Model
 from d2sparse.records import reading
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +22,24 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def linear(classes):
+    """A network of two leaves, which compiles in a moment."""
+
+    def init(key, x):
+        shape = (x[0].size, classes)
+        kernel = 0.1 * jax.random.normal(key, shape)
+        return {"head": {"kernel": kernel, "bias": jnp.zeros(classes)}}, {}
+
+    def apply(params, model_state, x, *, train):
+        del train
+        flat = x.reshape(len(x), -1)
+        return flat @ params["head"]["kernel"] + params["head"]["bias"][
+            None
+        ], model_state
+
+    return Model(init, apply)
 
 
 def read(path):

@@ -18,10 +18,10 @@ from d2sparse.data import load, sources
 from d2sparse.models import Model
 from d2sparse.rules import rigl
 from d2sparse.schedules import every
+from d2sparse.study import processes
 from d2sparse.train.loops import Stretch, take_steps
 from d2sparse.transforms import get_masks, sparsify
 from d2sparse.tree import flatten
-from experiments import processes
 
 STEPS, BATCH = 6, 8
 

@@ -10,8 +10,8 @@ import pytest
 TINY = "--seeds=1 --width=0.1 --report_every=4 --noprogress"
 COMMANDS = {
     "prune": f"{TINY} --steps=8 --refresh_interval=2"
-    " --rules=rigl,one_shot --sparsities=0.5",
-    "d2_sparse": f"{TINY} --steps=8 --refresh_interval=2 --imp_rounds=1",
+    " --methods=rigl,one_shot --sparsity=0.5,0.75",
+    "d2_sparse": f"{TINY} --steps=8 --refresh_interval=2 --rounds=1",
     "lottery": f"{TINY} --steps=8 --rounds=1",
     "anytime": f"{TINY} --samples_per_class=10 --megabatches=2 --epochs=1",
     "low_data": f"{TINY} --steps=8 --refresh_interval=2 --samples_per_class=5"

@@ -19,9 +19,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from d2sparse import constraints, distributions, masks, rules, train, tree
+from d2sparse.study import cli
 from d2sparse.train.program import make_step
 from d2sparse.transforms import get_masks
-from experiments import benchmark, cli
+from experiments import benchmark
 from experiments.benchmark import (
     measure,
     memory,

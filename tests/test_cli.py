@@ -14,7 +14,7 @@ from absl import flags
 from demo_experiment import Config
 from simple_parsing.docstring import get_attribute_docstring
 
-from experiments import cli
+from d2sparse.study import cli
 
 TESTS = Path(__file__).parent
 EXPERIMENTS = [

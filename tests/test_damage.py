@@ -7,6 +7,7 @@ checkpoints, and a ticket. Nothing is trained: states are made by hand.
 import dataclasses
 import json
 import shutil
+import types
 import warnings
 
 import jax
@@ -14,72 +15,72 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2sparse import records
+from d2sparse import checkpoint, records, study
 from d2sparse.checkpoint import store
 from d2sparse.lottery import Ticket
-from d2sparse.train import Faults, TrainState
-from experiments import results
-from experiments.prune import Config
-from experiments.session import Session
-from experiments.tickets import load_ticket, save_ticket
+from d2sparse.study.tracking import Tracker
+from d2sparse.train import Faults, Progress, TrainState
 
-CONFIG = Config(checkpoint_every=1)
+CONFIG = study.Config(checkpoint_every=1)
 DONE, FAILED, CUT = (records.Unit(name, 0) for name in ("dense", "set", "rigl"))
-FINISHED = dict.fromkeys(results.Finished.__required_keys__, 0.5)
+NUMBERS = dict.fromkeys(study.Finished.__required_keys__, 0.5)
+FINISHED = {**NUMBERS, "method": "dense", "values": {"sparsity": 0.5}, "parts": []}
 
 
-def make_state(step):
+def make_progress(step):
     params = {"kernel": jnp.full((3, 2), float(step)), "bias": jnp.zeros(2)}
     faults = Faults(jnp.int32(0), jnp.int32(0), jnp.array(False))
-    key = jax.random.key(0)
-    return TrainState(jnp.int32(step), params, {}, (), key, faults, {})
+    state = TrainState(jnp.int32(step), params, {}, (), jax.random.key(0), faults, {})
+    return Progress(jnp.int32(0), state, {})
 
 
-def make_session(out, unit):
-    return Session(
-        CONFIG, out, unit, lambda state: {}, lambda text: None, lambda: False
+def begin(out, unit):
+    tracker = Tracker(unit, CONFIG, out, lambda text: None, lambda: False)
+    program = types.SimpleNamespace(
+        init=lambda key, data, settings: make_progress(0),
+        form=lambda phase, data, settings: make_progress(0),
     )
+    return tracker, tracker.begin(program, None, {}, None)
 
 
 def learn(out, unit):
-    session = make_session(out, unit)
-    session.begin(lambda: make_state(0), lambda state: state)
+    tracker, _ = begin(out, unit)
     for step in (10, 20):
-        session.report(step, make_state(step), {"loss": 1 / step, "macs": 2.0})
-        session.save(make_state(step), lambda state: state, {})
-    session.wait()
+        tracker.report(make_progress(step), {"loss": 1 / step, "macs": 2.0})
+        tracker.save(make_progress(step), {})
+    tracker.wait()
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    out = records.open_run(workdir, CONFIG, results.Finished)
+    out = records.open_run(workdir, CONFIG, study.Finished)
     for unit in (DONE, CUT):
         learn(out, unit)
     out.finish(DONE, FINISHED)
     out.fail(FAILED, "it diverged")
-    params = make_state(1).params
+    params = make_progress(1).state.params
     masks = {"kernel": jnp.eye(3, 2, dtype=bool), "bias": jnp.ones(2, bool)}
     params = jax.tree.map(jnp.multiply, params, masks)
-    save_ticket(workdir / "ticket", Ticket(params, {}, masks))
+    study.save_ticket(workdir / "ticket", Ticket(params, {}, masks))
     out.write_summary({"accuracy": 0.5})
     return workdir
 
 
 def opened(workdir):
     """What an experiment reads of a run directory, in its order, as plain values."""
-    ticket = load_ticket(workdir / "ticket", make_state(0).params, {})
-    out = records.open_run(workdir, CONFIG, results.Finished)
+    shapes = {"params": make_progress(0).state.params, "model_state": {}}
+    ticket = checkpoint.load_sparse(workdir / "ticket", shapes)
+    out = records.open_run(workdir, CONFIG, study.Finished)
     found = {unit.name: out.finished(unit) for unit in (DONE, FAILED, CUT)}
-    session = make_session(out, CUT)
-    resumed = session.begin(lambda: make_state(0), lambda state: state)
-    values = (resumed.params, *ticket)
+    tracker, resumed = begin(out, CUT)
+    values = (resumed.state.params, *ticket)
     return {
         **found,
         "failures": out.failures(),
-        "ledger": dataclasses.asdict(session.ledger),
+        "account": dataclasses.asdict(tracker.account),
         "lines": records.read_metrics(workdir),
-        "step": int(resumed.step),
+        "step": int(resumed.state.step),
         "arrays": [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(values)],
     }
 
@@ -94,7 +95,7 @@ def contents(workdir):
 
 
 def text(name, value):
-    """In place of a file: what is given, or what becomes of its text."""
+    """In place of a file: what is given, or a function of its text."""
 
     def harm(workdir):
         path = workdir / name
@@ -206,7 +207,7 @@ def mislaid(manifest):
         array["name"] = array["name"].replace("values/", "weights/")
 
 
-OUT, CHECKPOINT, LEDGER = "units/dense-seed0.json", "checkpoints/rigl-seed0/20", "notes"
+OUT, CHECKPOINT, NOTES = "units/dense-seed0.json", "checkpoints/rigl-seed0/20", "notes"
 OLDER = "checkpoints/rigl-seed0/10"
 SAME, EARLIER, AGAIN = "the same", "the checkpoint before", "it is run again"
 LINES = "metrics.jsonl is damaged, its lines of dense-seed0"
@@ -226,6 +227,10 @@ DAMAGES = {
     "config key lost": (fields("config.json", drop("steps")), "steps was absent and"),
     "config key more": (fields("config.json", put(depth=3)), "depth was 3 and is abs"),
     "config type": (fields("config.json", put(steps="1000")), "steps was 1000 and is"),
+    "config of an earlier version": (
+        fields("config.json", lambda c: (c.pop("axes"), c.update(sparsities=[0.8]))),
+        r"axes was absent and is {}, sparsities was \[0.8\] and is absent; give",
+    ),
     # Measurements.
     "no metrics": (absent("metrics.jsonl"), LINES),
     "empty metrics": (text("metrics.jsonl", ""), LINES),
@@ -305,24 +310,28 @@ DAMAGES = {
     "forged dtype": (forged(CHECKPOINT, retyped), r"20 cannot be restored: .*int32\[3"),
     "forged shape": (forged(CHECKPOINT, reshaped), EARLIER),
     "forged arrays": (forged(CHECKPOINT, doubled), "one array of every name in .*20"),
-    "ledger key lost": (
-        forged(CHECKPOINT, within("notes", within(LEDGER, drop("spent")))),
+    "account key lost": (
+        forged(CHECKPOINT, within("notes", within(NOTES, drop("spent")))),
         f"{CODE}it lacks 'spent'",
     ),
-    "ledger key more": (
-        forged(CHECKPOINT, within("notes", within(LEDGER, put(more=1)))),
+    "account key more": (
+        forged(CHECKPOINT, within("notes", within(NOTES, put(more=1)))),
         f"{CODE}it has the unknown 'more'; remove checkpoints/rigl-seed0",
     ),
-    "ledger type": (
-        forged(CHECKPOINT, within("notes", within(LEDGER, put(rounds={})))),
-        f"{CODE}rounds is {{}}, not a list",
+    "account type": (
+        forged(CHECKPOINT, within("notes", within(NOTES, put(parts={})))),
+        f"{CODE}parts is {{}}, not a list",
     ),
-    "ledger of other lines": (
-        forged(CHECKPOINT, within("notes", within(LEDGER, put(lines=2)))),
+    "account phase": (
+        forged(CHECKPOINT, within("notes", within(NOTES, put(phase="1")))),
+        f"{CODE}phase is '1', not int",
+    ),
+    "account of other lines": (
+        forged(CHECKPOINT, within("notes", within(NOTES, put(lines=2)))),
         "expected 2 lines of rigl-seed0 in .* or others; remove checkpoints",
     ),
-    "ledger of another step": (
-        forged(CHECKPOINT, within("notes", within(LEDGER, put(taken=9)))),
+    "account of another step": (
+        forged(CHECKPOINT, within("notes", within(NOTES, put(taken=9)))),
         f"{CODE}its state stands at step 9",
     ),
     # Tickets.

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2sparse import data, disk, records, schema
+from d2sparse import data, disk, records, schema, study
 from d2sparse.checkpoint import Checkpoints, load_sparse, save_sparse, store
 from d2sparse.lottery import Ticket
 from d2sparse.study.tuned import read_tuned
 from experiments import benchmark
-from experiments.tickets import load_ticket, save_ticket
 
 WEIGHTS, MASKS = {"w": jnp.eye(2)}, {"w": jnp.eye(2, dtype=bool)}
 TICKET = Ticket(WEIGHTS, {}, MASKS)
@@ -37,8 +36,7 @@ DOORS = {
     "Checkpoints": lambda path: Checkpoints(path),
     "save_sparse": lambda path: save_sparse(path, WEIGHTS, MASKS),
     "load_sparse": lambda path: load_sparse(path, WEIGHTS),
-    "save_ticket": lambda path: save_ticket(path, TICKET),
-    "load_ticket": lambda path: load_ticket(path, WEIGHTS, {}),
+    "save_ticket": lambda path: study.save_ticket(path, TICKET),
     "open_run": lambda path: records.open_run(path, Config()),
     "read_metrics": lambda path: records.read_metrics(path),
     "data": lambda path: data.load("mnist", path),

@@ -21,13 +21,13 @@ from test_data_sources import labelled, prepare
 
 from d2sparse import records, train
 from d2sparse.checkpoint import store
+from d2sparse.study import processes
 from d2sparse.train import devices
-from experiments import processes
 
-UNIT = "rigl-0.8-seed0"
+UNIT = "rigl-seed0"
 FLAGS = [
-    "--rules=rigl",
-    "--sparsities=0.8",
+    "--methods=rigl",
+    "--sparsity=0.8",
     "--seeds=1",
     "--width=0.1",
     "--steps=30",
@@ -94,7 +94,7 @@ def assert_same(workdir, reference):
     found, expected = (
         runs.read(path / "units" / f"{UNIT}.json") for path in (workdir, reference)
     )
-    for name in ("nonzeros", "inference_macs", "sparsity"):
+    for name in ("nonzeros", "inference_macs", "zeros"):
         assert found[name] == expected[name]
     np.testing.assert_allclose(found["nll"], expected["nll"], rtol=1e-5)
     for path in (workdir, reference):

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import shutil
-import typing
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +12,8 @@ from runs import quick_compilation, read, without_time
 
 from d2sparse import data, models, study
 from d2sparse.constraints import METHODS
-from d2sparse.study import cli, grid, splits, tables
-from experiments import compare, lottery, prune
+from d2sparse.study import cli, grid, splits, streams, tables
+from experiments import anytime, compare, lottery, prune
 
 TINY = study.Config(
     methods=("dense", "rigl", "imp"),
@@ -342,14 +341,16 @@ def test_a_value_out_of_its_range_is_one_line_of_the_command(words, message, cap
     assert error.count("\n") == 1
 
 
-def test_every_option_is_read_by_a_method():
-    """No flag is listed that is always refused."""
-    options = {field.name for field in dataclasses.fields(study.Config)}
-    own = {f.name for f in dataclasses.fields(grid.Options)} & options
-    read_by = set()
-    for changes in ({}, {"pattern": "n_of_m"}):
-        config = dataclasses.replace(study.Config(), **changes)
-        read_by |= grid.flags_used(METHODS.values(), config)
-    assert own <= read_by
-    hints = typing.get_type_hints(study.Config)
-    assert hints["methods"] == tuple[study.MethodName, ...]
+@pytest.mark.parametrize("module", [compare, prune, lottery, anytime])
+def test_no_flag_is_listed_that_is_always_refused(module, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse_flags(module.Config, [module.__name__, "--help"])
+    text = capsys.readouterr().out
+    names = {compare: METHODS, prune: METHODS, lottery: ("imp", "rise")}
+    unread = study.unread_options(names.get(module, streams.WITHIN))
+    listed = [
+        f.name for f in dataclasses.fields(grid.Options) if f"--{f.name} " in text
+    ]
+    assert listed
+    assert not set(listed) & set(unread)
+    assert ("--ticket STR" in text) == (module in (compare, prune))

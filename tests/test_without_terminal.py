@@ -8,103 +8,127 @@ import dataclasses
 import pytest
 from runs import read
 
-from d2sparse import data
-from experiments import cli, d2_sparse, prune, units
+from d2sparse import records, study
+from d2sparse.data import CORRUPTIONS
+from d2sparse.study import cli, reporting, runner
+from experiments import compare, d2_sparse, lottery, low_data, prune
 
 RESULT = {
-    "accuracy": 0.5,
-    **dict.fromkeys(("nll", "ece", "brier", "sparsity"), 0.5),
-    **dict.fromkeys(("nonzeros", "training_macs", "inference_macs", "seconds"), 1),
-    "accuracy_network": 0.5,
+    **dict.fromkeys(study.Finished.__required_keys__, 0.5),
+    **{"nonzeros": 1, "seconds": 1, "pruned": 0.5, "title": "", "outside": 0.5},
     "calibration": {"count": [1], "confidence": [0.5], "correct": [1]},
-    "corrupted": {f"{name}-3": 0.5 for name in data.CORRUPTIONS},
+    "corrupted": {f"{name}-3": 0.5 for name in CORRUPTIONS},
 }
-TINY = {"seeds": 1, "width": 0.1, "steps": 12, "refresh_interval": 3}
-EXPERIMENTS = [
-    (prune, prune.Config(**TINY, rules=("dense", "static"), sparsities=(0.5,))),
-    (d2_sparse, d2_sparse.Config(**TINY, methods=("dense", "static"))),
-]
-NAMES = ["prune", "d2_sparse"]
-EACH = pytest.mark.parametrize(("experiment", "config"), EXPERIMENTS, ids=NAMES)
+TINY = {"seeds": 1, "width": 0.05, "steps": 8}
+PAIR = {**TINY, "methods": ("dense", "static")}
+# Two runs of each. Here anytime joins once it is a comparison:
+#   "anytime": (anytime.run, anytime.Config(...)),
+EXPERIMENTS = {
+    "compare": (study.compare, compare.Config(**PAIR)),
+    "prune": (prune.run, prune.Config(**PAIR, axes={"sparsity": (0.5,)})),
+    "d2_sparse": (d2_sparse.run, d2_sparse.Config(**PAIR)),
+    "low_data": (low_data.run, low_data.Config(**PAIR, axes={})),
+    "lottery": (lottery.run, lottery.Config(**TINY, rounds=1)),
+}
+EACH = pytest.mark.parametrize(("run", "config"), EXPERIMENTS.values(), ids=EXPERIMENTS)
 
 
 @pytest.fixture
 def learn(monkeypatch):
-    """What becomes of the units in their order: a number of them ends, the rest too."""
+    """The fates of the runs in their order; without one they finish."""
     fates = []
 
-    def learned(config, out, plans, conclude, jobs, statistics=None):
-        for job in jobs:
-            out.start(job.unit)
-            out.log(job.unit, 0, {"monitor_accuracy": 0.1})
-            fate = fates.pop(0)
+    def train_group(runner, group, note, interrupted):
+        out = runner.out
+        for plan, seed in group:
+            unit = study.runner.unit_of(plan, seed)
+            out.start(unit)
+            out.log(unit, 0, {"monitor_accuracy": 0.1})
+            fate = fates.pop(0) if fates else "end"
             if fate == "stop":
                 raise KeyboardInterrupt
             if fate == "fail":
-                out.fail(job.unit, "its update of step 3 is not finite")
-            else:
-                out.finish(job.unit, RESULT)
+                out.fail(unit, "its update of step 3 is not finite")
+                continue
+            named = {"method": plan.row.method, "values": dict(plan.row.values)}
+            parts = [{**RESULT, **named, "title": f"round {n}"} for n in range(2)]
+            out.finish(unit, {**RESULT, **named, "parts": parts})
 
-    monkeypatch.setattr(units, "learn", learned)
+    monkeypatch.setattr(runner, "_train_group", train_group)
     return fates
 
 
-def run(experiment, config, workdir):
-    return experiment.run(dataclasses.replace(config, workdir=str(workdir)))
+def at(workdir, config):
+    return dataclasses.replace(config, workdir=str(workdir))
 
 
 @EACH
 def test_every_run_that_comes_to_its_end_is_a_line(
-    experiment, config, learn, tmp_path, capsys
+    run, config, learn, tmp_path, capsys
 ):
     learn += ["end", "fail"]
-    run(experiment, config, tmp_path / "run")
+    run(at(tmp_path / "run", config))
     first, *lines = capsys.readouterr().out.splitlines()[:3]
     assert first == f"{tmp_path / 'run'}: 0 of 2 runs have finished"
-    assert lines[0].startswith("1/2 dense")
-    assert lines[0].endswith(": 50.00 % test accuracy, 1.0 s")
-    assert lines[1].startswith("2/2 static")
-    assert lines[1].endswith(" failed: its update of step 3 is not finite")
+    assert lines[0].startswith("1/2 ")
+    assert lines[0].endswith("-seed0: 50.00 % test accuracy, 1.0 s")
+    assert lines[1].startswith("2/2 ")
+    assert lines[1].endswith("-seed0 failed: its update of step 3 is not finite")
 
 
 @EACH
 def test_a_run_that_is_stopped_leaves_the_table_of_what_has_finished(
-    experiment, config, learn, tmp_path, capsys
+    run, config, learn, tmp_path, capsys
 ):
-    learn += ["end", "stop", "end"]
+    learn += ["end", "stop"]
     with pytest.raises(KeyboardInterrupt):
-        run(experiment, config, tmp_path / "run")
+        run(at(tmp_path / "run", config))
     told = "This table is partial: the run was stopped before its end."
     table = (tmp_path / "run" / "table.md").read_text()
     assert table.startswith(told)
-    assert "| dense " in table
     assert " 50.00 " in table
     assert told in capsys.readouterr().out
-    assert read(tmp_path / "run" / "summary.json")["partial"] is True
-    run(experiment, config, tmp_path / "run")
+    partial = read(tmp_path / "run" / "summary.json")
+    assert partial["partial"] is True
+    run(at(tmp_path / "run", config))
     assert "partial" not in (tmp_path / "run" / "table.md").read_text()
-    assert "partial" not in read(tmp_path / "run" / "summary.json")
+    whole = read(tmp_path / "run" / "summary.json")
+    assert "partial" not in whole
+    if "rows" in whole:  # Else there are several tables.
+        assert len(whole["rows"]) == 2 * len(partial["rows"])
 
 
-def test_where_nothing_has_finished_there_is_no_table(learn, tmp_path):
-    learn += ["stop"]
+@pytest.mark.parametrize("fates", [["stop"], ["fail", "stop"]], ids=" ".join)
+def test_where_nothing_has_finished_there_is_no_table(fates, learn, tmp_path):
+    run, config = EXPERIMENTS["prune"]
+    learn += fates
     with pytest.raises(KeyboardInterrupt):
-        run(*EXPERIMENTS[0], tmp_path / "run")
+        run(at(tmp_path / "run", config))
     assert not (tmp_path / "run" / "table.md").exists()
 
 
-@pytest.mark.parametrize(("experiment", "config"), EXPERIMENTS[:2], ids=NAMES[:2])
+@pytest.mark.parametrize("name", ["prune", "lottery"])
 def test_a_run_of_which_everything_fails_has_status_1(
-    experiment, config, learn, tmp_path, capsys, monkeypatch
+    name, learn, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    run, config = EXPERIMENTS[name]
     learn += ["fail", "fail"]
-    config = dataclasses.replace(config, workdir=str(tmp_path / "run"))
-    for _ in range(2):  # Again where all of it is found.
+    for _ in range(2):  # The second time all of it is read.
         with pytest.raises(SystemExit) as stopped:
-            cli.run_or_exit(experiment.run, config)
+            cli.run_or_exit(run, at(tmp_path / "run", config))
         assert stopped.value.code == 1
         told = capsys.readouterr().err
-        assert told.startswith("error: all 2 runs have failed, dense-seed0 since")
+        assert told.startswith("error: all 2 runs have failed, ")
+        assert "-seed0 since its update of step 3 is not finite" in told
         assert told.count("\n") == 1
     assert (tmp_path / "run" / "table.md").read_text().count("is not counted") == 2
+
+
+def test_of_several_processes_only_the_first_writes_and_prints(tmp_path, capsys):
+    config = EXPERIMENTS["prune"][1]
+    for number, writes in enumerate((False, True)):
+        out = records.Run(tmp_path, writes=writes)
+        reporting.write(study.Comparison(config, out, (), None), {}, "| a table |")
+        assert ("| a table |" in capsys.readouterr().out) == writes
+        assert len(list(tmp_path.iterdir())) == 2 * number

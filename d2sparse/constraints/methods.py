@@ -3,7 +3,6 @@
 training = constrain(plain(model, data), *METHODS["rigl"].constraints(options))
 """
 
-import dataclasses
 import functools
 import types
 from collections.abc import Callable, Mapping
@@ -71,7 +70,7 @@ def _learners(o: Options, consolidates: bool = False) -> Learners:
         o.preset,
         o.refresh_interval,
         o.growth_samples,
-        o.tail,
+        o.tail if o.preset == "averaged" else Learners().tail,
         o.horizon if consolidates else None,
         o.pair_rule,
     )
@@ -90,7 +89,7 @@ def _uncoupled(o: Options) -> Constraints:
 
 
 def _mutual(o: Options) -> Constraints:
-    return (coupled((), (), dataclasses.replace(o.teaching, masks=0.0)),)
+    return (coupled((), (), o.lessons),)
 
 
 def _finished(o: Options, pair: Constraint, merged: bool = False) -> Constraints:

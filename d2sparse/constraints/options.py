@@ -114,13 +114,18 @@ class Options:
 
     @property
     def teaching(self) -> Coupling:
-        """How two learners influence each other."""
+        """How two sparse learners influence each other."""
+        return dataclasses.replace(self.lessons, masks=self.mask_coupling)
+
+    @property
+    def lessons(self) -> Coupling:
+        """How two dense learners influence each other: by what they predict."""
         return Coupling(
             fast=self.coupling,
             slow=self.coupling,
             temperature=self.temperature,
             ramp=self.coupling_ramp,
-            masks=self.mask_coupling,
+            masks=0.0,
             independent_views=self.independent_views,
             weighted=self.weighted_coupling,
             threshold=self.trust_threshold,

@@ -34,7 +34,14 @@ from d2sparse.study.frames import (
     summarise,
     with_difference,
 )
-from d2sparse.study.grid import Plan, Row, flags_used, list_rows, make_plans
+from d2sparse.study.grid import (
+    Plan,
+    Row,
+    flags_used,
+    list_rows,
+    make_plans,
+    unread_options,
+)
 from d2sparse.study.reporting import Comparison, report
 from d2sparse.study.runner import End, Finished, Runner, run_plans
 from d2sparse.study.splits import Splits, make_draw_splits
@@ -74,5 +81,6 @@ __all__ = [
     "save_ticket",
     "summarise",
     "table_of",
+    "unread_options",
     "with_difference",
 ]

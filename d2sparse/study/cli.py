@@ -203,8 +203,9 @@ def _add_flags(parser: argparse.ArgumentParser, config_type: type) -> list[str]:
     """Adds the flags in groups, those of the experiment first; returns their names."""
     names: list[str] = []
     groups: dict[type, list[Any]] = {}
+    hidden = {"axes", *getattr(config_type, "HIDDEN", ())}
     fields = dataclasses.fields(config_type)
-    for field in [field for field in fields if field.name != "axes"]:
+    for field in [field for field in fields if field.name not in hidden]:
         owner = _owner(config_type, field.name)
         groups.setdefault(owner, []).append(field)
     several = _axes_of(config_type)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from d2sparse import data
 from d2sparse.constraints import METHODS, MIXES, Options
@@ -103,7 +103,12 @@ class Config(RunFlags, Options, TrainingFlags, NetworkFlags, DataFlags):
     """Comparison.
 
     Methods, values of flags, and seeds.
+
+    Attributes:
+      HIDDEN: flags that an experiment does not list, since it would always refuse them.
     """
+
+    HIDDEN: ClassVar[tuple[str, ...]] = ()
 
     # What to compare: rows of `d2sparse.constraints.METHODS`.
     methods: tuple[MethodName, ...] = ("dense", "static", "rigl")

@@ -50,13 +50,16 @@ def summarise(runs: "pd.DataFrame", by: Sequence[str] = ("method",)) -> "pd.Data
 
     Returns:
       A row for every group: the means of all numeric columns, and the columns seeds,
-      deviation and standard_error (NaN for one seed); seconds are the median.
+      deviation and standard_error (NaN for one seed); seconds are the median. Without
+      runs it has no rows.
 
     >>> runs = pd.DataFrame({"method": ["rigl"] * 2, "seed": [0, 1],
     ...                      "accuracy": [0.5, 0.75], "seconds": [1.0, 2.0]})
     >>> summarise(runs)[["accuracy", "standard_error", "seeds"]].values.tolist()
     [[0.625, 0.125, 2.0]]
     """
+    if not len(runs):
+        return pd.DataFrame(columns=["method"])
     by = [name for name in by if name in runs.columns]
     groups = runs.groupby(by, sort=False, dropna=False)
     numeric = runs.select_dtypes("number").columns.difference([*by, "seed"])

@@ -148,13 +148,16 @@ def with_values(config: Config, row: Row) -> Config:
 def configure(
     config: Config, row: Row, base: Known, methods: Mapping[str, Method] = METHODS
 ) -> Config:
-    """All flags of a row: those given, those its method sets, those of the axes."""
-    sets = {
-        flag: value(base) if callable(value) else value
-        for method in mixed(config, methods[row.method])
-        for flag, value in method.sets.items()
-    }
-    return dataclasses.replace(base.flags, **(sets | dict(row.values)))
+    """All flags of a row: those given, those its method sets, those of the axes.
+
+    What a method makes of these, such as the steps at which a dense training costs what
+    a sparse one does, comes last.
+    """
+    sets: dict[str, Any] = {}
+    for method in mixed(config, methods[row.method]):
+        sets |= method.sets
+    made = {flag: value(base) for flag, value in sets.items() if callable(value)}
+    return dataclasses.replace(base.flags, **(sets | dict(row.values) | made))
 
 
 def describe_base(config: Config, row: Row, like: Data, build: MakeModel) -> Known:
@@ -187,10 +190,21 @@ def flags_used(rows: Iterable[Method], options: Options) -> set[str]:
         sets = {k: v for k, v in row.sets.items() if not callable(v)}
         recorder = _Recorder(dataclasses.replace(options, **sets))
         row.constraints(recorder)
-        used |= recorder.read | row.sets.keys()
-        if len(sets) < len(row.sets):  # Functions of what a sparse network costs.
-            used |= {"sparsity", "rewind_fraction"}
+        made = row.sets.keys() - sets.keys()  # From what a sparse network costs.
+        used |= (recorder.read - made) | sets.keys()
+        if made:
+            used.add("sparsity")
     return used
+
+
+def unread_options(names: Iterable[str]) -> tuple[str, ...]:
+    """The options that none of some methods of METHODS goes by."""
+    rows = [METHODS[name] for name in names]
+    read: set[str] = set()
+    for options in (Options(), Options(pattern="n_of_m")):
+        read |= flags_used(rows, options)
+    fields = dataclasses.fields(Options)
+    return tuple(field.name for field in fields if field.name not in read)
 
 
 class _Recorder:

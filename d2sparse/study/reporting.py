@@ -66,9 +66,9 @@ def report(comparison: Comparison) -> dict[str, Any]:
 def summary_rows(comparison: Comparison) -> "pd.DataFrame":
     """The summary with differences to the references, in the order of the plans."""
     runs, by = comparison.runs, ["method", *comparison.axes]
-    if not len(runs):
-        return pd.DataFrame(columns=["method"])
     rows = summarise(runs, by)
+    if not len(rows):
+        return rows
     by = [name for name in by if name in rows.columns]
     for reference in comparison.references:
         if set(runs["method"]) > {reference}:
@@ -103,9 +103,10 @@ def write(
     summary = {"config": config, **results, "failed": failed}
     out.write_summary(summary)
     out.write_text("table.md", table + "\n")
-    console = Console(soft_wrap=True)
-    console.print(table, highlight=False, markup=False)
-    console.print(f"\nEverything is in {out.workdir}", highlight=False)
+    if out.writes:
+        console = Console(soft_wrap=True)
+        console.print(table, highlight=False, markup=False)
+        console.print(f"\nEverything is in {out.workdir}", highlight=False)
     return summary
 
 

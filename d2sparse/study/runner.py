@@ -248,9 +248,7 @@ def _train_together(runner: Runner, group: Sequence[tuple[_Member, Progress]]) -
         for member in members:
             member.tracker.wait()
     for number, member in enumerate(members):
-        unit, why = member.tracker.unit, failure or member.tracker.failure
-        if not why and train.has_failed(ends[number].state):
-            why = train.failure(ends[number].state)
+        unit, why = member.tracker.unit, member.tracker.account.failure or failure
         try:
             results = {} if why else _results(runner, member, ends[number], "")
         except FloatingPointError as error:
@@ -258,9 +256,13 @@ def _train_together(runner: Runner, group: Sequence[tuple[_Member, Progress]]) -
         if why:
             runner.out.fail(unit, why)
         else:
-            shared = {"seconds": results["seconds"] / len(members)}
-            parts = {"parts": member.tracker.account.parts}
-            runner.out.finish(unit, {**results, **shared, **parts})
+            parts = [_share(part, members) for part in member.tracker.account.parts]
+            runner.out.finish(unit, {**_share(results, members), "parts": parts})
+
+
+def _share(results: Mapping[str, Any], members: Sequence[_Member]) -> dict[str, Any]:
+    """Results with a run's part of the time that its group has taken."""
+    return {**results, "seconds": results["seconds"] / len(members)}
 
 
 def _measure(member: _Member, progress: Progress) -> dict[str, Any]:

@@ -49,7 +49,8 @@ _READS: Mapping[str, tuple[str, ...]] = {
     "app_2022": _RELEASED,
     "random_matched": _RELEASED,
 }
-_WITHIN = ("gradual", "rigl", "d2_sparse", "d2_consolidated")
+# Methods whose masks move within the stages.
+WITHIN = ("gradual", "rigl", "d2_sparse", "d2_consolidated")
 
 
 def stream_options(flags: Any) -> StreamOptions:
@@ -131,7 +132,7 @@ def _from_flags(
     def constraints(flags: Any) -> tuple[Any, ...]:
         for flag in (*_TIMES, *_READS.get(name, ())):
             getattr(flags, flag)  # Which `flags_used` watches.
-        if name in _WITHIN:
+        if name in WITHIN:
             METHODS[name].constraints(flags)
 
         def on_stream(training: Training) -> Training:

@@ -9,6 +9,7 @@ import numpy as np
 
 from d2sparse import records, schema, train
 from d2sparse.checkpoint import Checkpoints
+from d2sparse.records.encoding import to_json
 from d2sparse.study.flags import Config
 from d2sparse.train import Data, Logs, Program, Progress, Watch
 
@@ -34,6 +35,7 @@ class Account:
       logs: metrics of the steps since the last report.
       means: metrics of the last report.
       score: accuracy outside of the budget at the last report, if there is any.
+      failure: why it has no results, empty where it has.
     """
 
     taken: int = 0
@@ -47,6 +49,7 @@ class Account:
     logs: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     means: dict[str, float] = dataclasses.field(default_factory=dict)
     score: float | None = None
+    failure: str = ""
 
 
 @dataclasses.dataclass
@@ -65,7 +68,6 @@ class Tracker:
       measure: progress -> what is recorded besides the metrics of the steps.
       judge: (progress, title) -> results of a titled phase that has ended.
       account: what the run has measured and spent.
-      failure: why it has no results, empty where it has.
     """
 
     unit: records.Unit
@@ -76,7 +78,6 @@ class Tracker:
     measure: Measure = lambda progress: {}
     judge: Judge = lambda progress, title: {}
     account: Account = dataclasses.field(default_factory=Account)
-    failure: str = ""
 
     def __post_init__(self) -> None:
         """Opens the checkpoints; nothing is read or written yet."""
@@ -99,7 +100,9 @@ class Tracker:
         self.note(f"{self.unit.name}, compiling")
 
         def form(notes: Mapping[str, Any]) -> Progress:
-            return program.form(int(notes.get("phase", 0)), data, settings)
+            phase = notes.get("phase")  # What it has to be is checked with the rest.
+            number = phase if isinstance(phase, int) else 0
+            return program.form(number, data, settings)
 
         restored = self._checkpoints.restore(form=form)
         if restored is None:
@@ -148,6 +151,8 @@ class Tracker:
 
     def report(self, progress: Progress, logs: dict[str, float]) -> None:
         """Records the means since the last report, and what the steps have cost."""
+        if self._has_failed(progress):  # Others of its group go on.
+            return
         account, step = self.account, int(progress.state.step)
         taken = step - account.last
         account.spent += taken * logs.pop("macs", 0.0)
@@ -157,7 +162,7 @@ class Tracker:
 
     def save(self, progress: Progress, logs: Logs) -> None:
         """Saves a checkpoint if it is due, or if this is the end of the run."""
-        now, failed = time.perf_counter(), train.has_failed(progress.state)
+        now, failed = time.perf_counter(), self._has_failed(progress)
         due = self.config.checkpoint_every or now - self._saved > PATIENCE
         if not (due or failed or self.interrupted()):
             return
@@ -183,9 +188,15 @@ class Tracker:
 
     def _end_part(self, progress: Progress, title: str) -> None:
         try:
-            self.account.parts.append(dict(self.judge(progress, title)))
+            self.account.parts.append(to_json(self.judge(progress, title)))
         except FloatingPointError as error:  # Others of its group go on.
-            self.failure = self.failure or str(error)
+            self.account.failure = self.account.failure or str(error)
+
+    def _has_failed(self, progress: Progress) -> bool:
+        failed = train.has_failed(progress.state)
+        if failed:
+            self.account.failure = train.failure(progress.state)
+        return failed
 
     def _position(self, progress: Progress) -> int:
         """Steps of all phases."""

@@ -179,6 +179,18 @@ def bring(values: PyTree) -> PyTree:
     return jax.tree.map(_bring, values)
 
 
+def settle(values: PyTree) -> PyTree:
+    """Arrays of several devices on the default one, uncommitted; others as they are.
+
+    What a run keeps from one phase to the next goes with whatever lies elsewhere, such
+    as what it has kept since there were more runs beside it.
+
+    Args:
+      values: tree of arrays and random keys that this process can read as a whole.
+    """
+    return jax.tree.map(lambda x: _bring(x) if len(x.devices()) > 1 else x, values)
+
+
 def _lay(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     if isinstance(array, jax.core.Tracer):
         return jax.device_put(array, sharding)

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from d2sparse.train.devices import bring
+from d2sparse.train.devices import bring, settle
+from d2sparse.train.faults import has_failed
 from d2sparse.train.loops import Logs, Stretch, take_steps
 from d2sparse.train.program import Program
 from d2sparse.train.runs import stack_runs, unstack_runs
@@ -74,7 +75,8 @@ def fit_together(
 ) -> list[Progress]:
     """`fit` of several runs in one program; they stand at one step of one phase.
 
-    A run whose training ends early leaves the others.
+    A run leaves the others where its training ends early, or a non-finite update has
+    stopped it: no later phase takes it up again.
 
     Raises:
       FloatingPointError: no run is left that a non-finite update has not stopped.
@@ -82,10 +84,11 @@ def fit_together(
     """
     runs, watches = list(runs), list(watches)
     for number, phase in enumerate(program.training.phases):
-        for i, run in enumerate(runs):
-            if int(run.phase) < number:
-                runs[i] = _enter(phase, number, run, data[i], program)
-        going = [i for i, run in enumerate(runs) if int(run.phase) == number]
+        sound = [i for i, run in enumerate(runs) if not has_failed(run.state)]
+        for i in sound:
+            if int(runs[i].phase) < number:
+                runs[i] = _enter(phase, number, runs[i], data[i], program)
+        going = [i for i in sound if int(runs[i].phase) == number]
         if not going:
             continue
         for i in going:
@@ -101,7 +104,7 @@ def fit_together(
         for i, state in zip(going, states, strict=True):
             runs[i] = runs[i]._replace(state=state)
             watches[i] = watches[i]._replace(logs={})
-            if phase.title:
+            if phase.title and not has_failed(state):
                 watches[i].ended(runs[i], phase.title)
     return runs
 
@@ -166,7 +169,7 @@ def _take_steps(
         data[0] if alone else stack_runs(data),
         stretch,
     )
-    return split(end)
+    return [settle(state) for state in split(end)]
 
 
 def _of(value: Any, number: int) -> float:

@@ -1,6 +1,7 @@
 """The command `python -m experiments.benchmark`."""
 
-from experiments import benchmark, cli
+from d2sparse.study import cli
+from experiments import benchmark
 
 if __name__ == "__main__":
     cli.main(benchmark.run, benchmark.Config)

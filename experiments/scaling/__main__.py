@@ -2,7 +2,8 @@
 
 import jax
 
-from experiments import cli, scaling
+from d2sparse.study import cli
+from experiments import scaling
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")

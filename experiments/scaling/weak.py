@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from d2sparse import train
 from d2sparse.checks import check_whole
+from d2sparse.study import cli
 from d2sparse.train import Data, Training, TrainState
-from experiments import cli
 from experiments.benchmark.measure import Candidate, Timing, stateful, time_in_turns
 from experiments.benchmark.tables import Table, to_markdown
 from experiments.benchmark.training import endless, init_runs, under_rigl

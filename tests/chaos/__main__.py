@@ -24,8 +24,8 @@ from trials import PRUNE, Tried, try_all
 from d2sparse import records
 
 # Imported before a process forks, so that its child is quick; jax starts in the child.
-for _module in ("cli", "methods", "recipes", "results", "units"):
-    importlib.import_module(f"experiments.{_module}")
+for _module in ("d2sparse.study.cli", "d2sparse.study.comparing"):
+    importlib.import_module(_module)
 
 _PLACES = {"": "between writes", "units": "in units/"}
 _REPORT = """\
@@ -60,7 +60,7 @@ Every file of a checkpoint, in seven ways each, a kill at every seventh operatio
 save, traps for unpickling, some seventy damages of a run directory, updates that are
 not finite, and bad flags of every experiment are in the tests:
 `tests/test_checkpoints.py`, `tests/test_damage.py`, `tests/test_faults.py`,
-`tests/test_experiments.py`, `tests/test_prune.py`.
+`tests/test_interruptions.py`, `tests/test_flags.py`.
 """
 
 

@@ -35,19 +35,19 @@ TINY = [
 ]
 SCENARIOS = [
     Scenario(
-        "d2_sparse, trained: rigl, imp, d2_sparse",
+        "d2_sparse: rigl, imp, d2_sparse",
         "experiments.d2_sparse",
-        [*TINY, "--seeds=2", "--methods=rigl,imp,d2_sparse", "--imp_rounds=2"],
+        [*TINY, "--seeds=2", "--methods=rigl,imp,d2_sparse", "--rounds=2"],
     ),
     Scenario(
-        "d2_sparse, consolidated",
-        "experiments.d2_sparse",
-        [*TINY, "--seeds=2", "--methods=d2_sparse", "--mode=consolidated"],
+        "compare: d2_consolidated",
+        "experiments.compare",
+        [*TINY, "--seeds=1", "--methods=d2_consolidated"],
     ),
     Scenario(
         "prune: gradual, rigl, str, snip",
         "experiments.prune",
-        [*TINY, "--seeds=1", "--rules=gradual,rigl,str,snip", "--sparsities=0.9"],
+        [*TINY, "--seeds=1", "--methods=gradual,rigl,str,snip", "--sparsity=0.9"],
     ),
     Scenario(
         "lottery: magnitude, random",

@@ -13,7 +13,7 @@ from torment import TINY
 
 from d2sparse.checkpoint import store
 
-_WORDS = [*TINY, "--seeds=1", "--rules=gradual", "--sparsities=0.9"]
+_WORDS = [*TINY, "--seeds=1", "--methods=gradual", "--sparsity=0.9"]
 PRUNE = Scenario("prune", "experiments.prune", _WORDS)
 # At the third measurement two checkpoints are there.
 _STOP = Moment("metrics.jsonl", 4, (signal.SIGTERM,))
@@ -202,5 +202,5 @@ TRIALS = (
         )
         for name, room in (("checkpoint", _CHECKPOINT), ("figure", _FIGURE))
     ),
-    Trial("a flag that does not exist", words=("--sparsity=0.9",), resumes=False),
+    Trial("a flag that does not exist", words=("--sparsities=0.9",), resumes=False),
 )
