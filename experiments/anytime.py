@@ -20,7 +20,6 @@ out. `random_matched` deletes random weights down to the same densities.
 """
 
 import dataclasses
-import functools
 from typing import Any, Literal
 
 import pandas as pd
@@ -30,6 +29,7 @@ from d2sparse.constraints import STREAM_METHODS, StreamOptions, stream_steps
 from d2sparse.data import Source
 from d2sparse.study import cli, stream_report, streams
 
+_Name = Literal[*STREAM_METHODS]
 _NO_MEANING = {
     "ticket": "a stream begins with a new network",
     "sparsity": "--tau says how many weights are left",
@@ -46,9 +46,7 @@ class Config(StreamOptions, study.Config):
     # What to compare. app_magnitude is app with that criterion, app_2022 is APP as its
     # released code does it, and random_matched deletes random weights down to the
     # densities that app_2022 has come to.
-    methods: tuple[Literal[*STREAM_METHODS], ...] = (
-        *("dense", "one_shot", "app", "app_2022"),
-    )
+    methods: tuple[_Name, ...] = ("dense", "one_shot", "app", "app_2022")
     samples_per_class: int = 0  # training labels of every class; 0 for all
     learning_rate: float = 0.05  # at the first step of every stage
     growth_samples: int = 0  # growth gradients are those of the step
@@ -68,16 +66,14 @@ def run(config: Config, source: Source | None = None) -> pd.DataFrame:
     _check(config)
     source = source or data.load(config.dataset, config.data_dir)
     draw_splits = study.make_draw_splits(source)
-    test_size = len(draw_splits(config, 0).judge.labels)
+    sizes = source.num_classes, len(draw_splits(config, 0).judge.labels)
     experiment = study.Experiment(
         "anytime",
         tuple(name for name in ("dense", "one_shot") if name in config.methods),
         streams.stream_methods(draw_splits),
         examine=streams.stage_results,
         settings=streams.stream_settings,
-        report=functools.partial(
-            stream_report.report, classes=source.num_classes, test_size=test_size
-        ),
+        report=lambda comparison: stream_report.report(comparison, *sizes),
     )
     return study.compare(config, experiment, source)
 
@@ -87,8 +83,7 @@ def _check(config: Config) -> None:
     given = {**study.given(config), **config.axes}
     for name in given.keys() & _NO_MEANING.keys():
         raise ValueError(
-            f"expected no --{name}, since {_NO_MEANING[name]}, got {given[name]}; "
-            "leave it away"
+            f"expected no --{name}, since {_NO_MEANING[name]}, got {given[name]}"
         )
     if "averaged" in config.with_:
         raise ValueError(
