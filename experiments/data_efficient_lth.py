@@ -2,7 +2,7 @@
 
 The convolutions of a ResNet-18, on CIFAR-10 with 500 labels of every class: a fifth of
 the rest goes in every round, back to the end of epoch 3. Here the last step counts and
-not the best epoch on the test set, and a round goes on from epoch 3 to epoch 200.
+not the best epoch on the test set, and a round runs from epoch 3 to epoch 200.
 
     python -m experiments.data_efficient_lth
     python -m experiments.data_efficient_lth --samples_per_class=100 --seeds=3

@@ -203,7 +203,7 @@ def test_another_experiment_starts_from_a_ticket(finished, tickets, tmp_path):
         workdir=str(tmp_path / "pairs"),
         progress=False,
     )
-    with pytest.raises(ValueError, match="go on from a ticket, got uncoupled_pair"):
+    with pytest.raises(ValueError, match="can start from a ticket, got uncoupled_pair"):
         d2_sparse.run(pairs)
     assert not (tmp_path / "pairs").exists()
 

@@ -494,7 +494,7 @@ def test_trials_are_those_published_and_fill_the_ranges():
     [
         ({"methods": ()}, "expected different methods of dense, .*got none"),
         ({"methods": ("rig",)}, "expected methods of dense, .*got 'rig'"),
-        ({"ticket": "somewhere"}, "go on from a ticket, got dense"),
+        ({"ticket": "somewhere"}, "can start from a ticket, got dense"),
         ({"validation_fraction": 0.2}, "no validation_fraction, which is for --tune"),
         ({"severities": (0,)}, "severities from 1 to 5, got 0"),
         ({"trials": 0}, "expected trials >= 1, got 0"),

@@ -1,4 +1,4 @@
-"""Anytime learning: data arrive in megabatches, and the network shrinks on the way.
+"""Anytime learning: data arrive in megabatches, and the network shrinks as they do.
 
 On a stream (ALMA, Caccia et al., arXiv 2106.09563) a network has to predict well after
 every megabatch, not only at the end. Anytime progressive pruning (APP, Misra et al.,

@@ -1,4 +1,4 @@
-"""What is told of a learner that was tested after every megabatch.
+"""Measures of a learner that was tested after every megabatch.
 
 With e_t the test error after megabatch t of T, and a_t = 1 - e_t. None of it can be
 compared between streams of different lengths but the means.

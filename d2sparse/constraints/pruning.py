@@ -28,7 +28,7 @@ def one_shot(
     score: Score = scores.magnitude,
     structure: Structure | None = None,
 ) -> Constraint:
-    """Pruned once, in the middle of a training that goes on under the masks.
+    """Pruned once, in the middle of a training that continues under the masks.
 
     Args:
       sparsity: fraction of zeros among the prunable weights, in [0, 1).

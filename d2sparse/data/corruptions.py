@@ -1,4 +1,4 @@
-"""Test images gone wrong: noise, blur, low contrast, occlusion, at fixed severities.
+"""Corrupted test images: noise, blur, low contrast, occlusion, at fixed severities.
 
 Every corruption is a pure function of a key, of *raw* images, uint8 from 0 to 255, and
 of a severity from 1 (slight) to 5 (severe), and returns raw images: a test set is

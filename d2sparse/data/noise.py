@@ -1,4 +1,4 @@
-"""Labels gone wrong: which ones, and what stands in their place."""
+"""Label noise: which labels are wrong, and what they are instead."""
 
 import numpy as np
 

@@ -2,7 +2,7 @@
 
 Scores are read as integers that sort alike. A histogram of their first digit tells in
 which bin the k-th largest lies; of the entries in that bin the next digit is counted,
-and so on. Entries that are equal to the last digit are ties, and the search goes on
+and so on. Entries that are equal to the last digit are ties, and the search continues
 with the digits of their rank.
 """
 

@@ -7,11 +7,11 @@ A run directory belongs to one configuration and holds
     metrics.jsonl        one line per measurement, in the order of measuring
     tensorboard/<unit>   the same measurements for TensorBoard
     units/<unit>.json    the results of a finished unit: one method with one seed
-    checkpoints/<unit>   where an unfinished one goes on, see `d2sparse.checkpoint`
+    checkpoints/<unit>   where an unfinished one resumes, see `d2sparse.checkpoint`
     summary.json         the results of the whole run, next to tables and figures
 
 The same command with the same directory resumes: finished units are read back, and an
-unfinished one goes on from its last checkpoint, or starts afresh where it has none.
+unfinished one resumes from its last checkpoint, or starts afresh where it has none.
 Files appear whole or not at all, and are checked before they are used.
 
 In a run of several processes all of them make the same calls. The first one writes, and

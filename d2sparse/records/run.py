@@ -73,7 +73,7 @@ class Run:
         checked_lines(self.workdir)
 
     def start(self, unit: Unit, lines: int = 0, digest: str | None = None) -> None:
-        """Begins a unit, or goes on with it after its first lines of measurements.
+        """Begins a unit, or resumes it after its first lines of measurements.
 
         Args:
           unit: what is measured from now on.

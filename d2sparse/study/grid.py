@@ -275,7 +275,7 @@ def _check_sets(name: str, rows: Sequence[Method], values: Mapping[str, Any]) ->
 def _check_ticket(name: str, method: Method, config: Config) -> None:
     if config.ticket and not method.ticket:
         raise ValueError(
-            f"expected methods that go on from a ticket, got {name}; choose "
+            f"expected methods that can start from a ticket, got {name}; choose "
             "--methods=fixed to keep its masks"
         )
     if name == "fixed" and not config.ticket:

@@ -27,7 +27,7 @@ MEETING = 60  # Seconds that processes wait for each other at the beginning.
 HEARTBEAT = 30  # Seconds without a sign of life after which a process counts as lost.
 _FORM = "HOST:PORT,COUNT,INDEX, such as 10.0.0.1:9876,4,0"
 _LOST = (
-    "error: a process of this run has ended or cannot be reached; to go on from the "
+    "error: a process of this run has ended or cannot be reached; to resume from the "
     "last checkpoint, run the same command again in all processes"
 )
 _SYMPTOMS = re.compile(
@@ -53,7 +53,7 @@ class Place(NamedTuple):
 
 @contextmanager
 def joined(distributed: str) -> Iterator[None]:
-    """Inside, this process is one of those that the flag tells of.
+    """Inside, this process is one of those that the flag names.
 
     It is entered before jax is used. If another process is lost, this one ends with a
     message, at the latest half a minute later.

@@ -1,4 +1,4 @@
-"""Numbers gone wrong: no update that is not finite reaches a run."""
+"""Non-finite values: no update that is not finite reaches a run."""
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,10 @@ from d2sparse.tree import PyTree
 def guard(step: Step) -> Step:
     """A step that keeps the state where its update would not be finite.
 
-    An update is at fault where a metric of the step, its gradient, a batch statistic or
+    An update is rejected if a metric of the step, its gradient, a batch statistic or
     an updated parameter is infinite or NaN, or a refresh of the masks has met a NaN. It
     is left out and counted. A run that does not skip faults takes no update from the
-    first one on; only its step goes on counting, as it does in the runs that are
+    first one on; only its step continues to count, as it does in the runs that are
     vmapped with it.
 
     Args:

@@ -16,7 +16,7 @@ from d2sparse.train.training import Phase, Progress
 
 
 class Watch(NamedTuple):
-    """What is told, and asked, of a run in training.
+    """Callbacks of a run in training.
 
     Attributes:
       every: steps between two reports; None for one at the end of each phase.
@@ -54,7 +54,7 @@ def fit(
       program: from `make_program`.
       progress: where to start; its state is used up.
       data: training data.
-      watch: what is told of the training.
+      watch: callbacks.
 
     Returns:
       The progress after the last step; `program.training.finish` makes of it what

@@ -88,7 +88,7 @@ def make_runner(step: Step, mesh: Mesh | None = None) -> Runner:
 
 
 class Stretch(NamedTuple):
-    """Steps one after the other, and what is told of them.
+    """A stretch of steps and its callbacks.
 
     Attributes:
       stop: number of the step to stop before.
@@ -102,7 +102,7 @@ class Stretch(NamedTuple):
         with the state, which it must not keep, and the metrics of all steps since the
         last report.
       save_every: steps between two calls of `save`.
-      logs: metrics of the steps since the last report, where training goes on.
+      logs: metrics of the steps since the last report, where training is resumed.
       interrupted: whether to stop; asked after each step on CPU, on accelerators after
         each stretch between reports and saves.
       indices: `(state, steps) -> int32[steps, (runs,) batch]`, which examples the next
@@ -125,14 +125,14 @@ def take_steps(
 ) -> TrainState:
     """Trains up to the end of a stretch, from wherever the state stands.
 
-    A training that is interrupted goes on to the same bits: give the state and the logs
+    A training that is interrupted resumes to the same bits: give the state and the logs
     that `save` was last called with.
 
     Args:
       run: a runner from `make_runner`.
       state: where to start; it is used up. Several stacked runs are trained at once.
       data: training data.
-      stretch: how far, and what is told of it.
+      stretch: how far, and its callbacks.
 
     Returns:
       The state after the last step.

@@ -22,7 +22,7 @@ class Faults(NamedTuple):
     Attributes:
       total: int32[], how many there were.
       first: int32[], the step of the first; 0 where there was none.
-      skip: bool[], whether the run goes on without them; otherwise the first stops it.
+      skip: bool[], whether the run continues without them; else the first stops it.
     """
 
     total: jax.Array
