@@ -223,13 +223,15 @@ def test_the_command_of_the_report_runs_the_same_again():
 def test_an_interrupted_package_is_run_again_by_its_name(monkeypatch, capsys):
     spec = importlib.util.find_spec("experiments.benchmark.__main__")
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", ["__main__.py", "--rounds=1"])
 
     def interrupted(config):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit):
         cli.run_or_exit(interrupted, TINY)
-    assert "python -m experiments.benchmark " in capsys.readouterr().err
+    command = "python -m experiments.benchmark --rounds=1\n"
+    assert command in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

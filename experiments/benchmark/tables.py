@@ -33,10 +33,10 @@ def to_markdown(table: Table) -> str:
     >>> print(to_markdown(Table("One refresh", "Medians.", rows)))
     ## One refresh
     <BLANKLINE>
-    | refresh   |     ms |
-    |:----------|-------:|
-    | sort      |  1,234 |
-    | torch     | absent |
+    | refresh |     ms |
+    | :------ | -----: |
+    | sort    |  1,234 |
+    | torch   | absent |
     <BLANKLINE>
     Medians.
     """
