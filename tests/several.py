@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tiny import SETTINGS, step_of
 
 from d2sparse import train
 from d2sparse.data import load, sources
@@ -46,8 +47,8 @@ def learn(directory, mesh=None):
     source = load("toy", directory)
     data = train.to_device(source.train)
     tx = sparsify(optax.sgd(0.1), rigl(0.5), every(2))
-    step = train.make_train_step(train.make_loss(MODEL), tx)
-    state = jax.jit(lambda key: train.init_state(MODEL, tx, data, key))(
+    step = step_of(MODEL, data, tx)
+    state = jax.jit(lambda key: train.init_state(MODEL, tx, data, key, SETTINGS))(
         jax.random.key(0)
     )
     run = train.make_runner(step, mesh)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import start
 
 from d2sparse import rules, train
 from d2sparse.masks import apply_masks
@@ -224,7 +225,7 @@ def test_statistics_are_taken_from_the_data_and_not_from_the_past():
     )
     params, fresh = model.init(jax.random.key(0), train.inputs(data))
     spoilt = jax.tree.map(lambda x: x + 5.0, fresh)
-    statistics = train.make_statistics(model)
+    statistics = train.make_program(train.plain(model, data)).statistics
     key = jax.random.key(1)
     first, second = (statistics(params, s, data, key) for s in (fresh, spoilt))
     stem = jax.tree_util.tree_leaves_with_path(first)
@@ -243,4 +244,5 @@ def test_statistics_are_taken_from_the_data_and_not_from_the_past():
 
 
 def test_a_network_without_statistics_needs_none():
-    assert train.make_statistics(None)(None, {}, None, None) == {}
+    program = train.make_program(start())
+    assert program.statistics(None, {}, None, None) == {}

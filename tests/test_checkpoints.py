@@ -18,6 +18,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny import SETTINGS, step_of
 
 from d2sparse import train
 from d2sparse.checkpoint import (
@@ -53,13 +54,13 @@ def run():
     data = train.to_device(Split(images, np.arange(16, dtype=np.int32) % 10))
     model = from_linen(ConvNorm())
     tx = sparsify(optax.adamw(1e-2), rigl(0.5, 0.3), every(2), key=1)
-    step = jax.jit(train.make_train_step(train.make_loss(model), tx), donate_argnums=0)
+    step = jax.jit(step_of(model, data, tx), donate_argnums=0)
 
     def advance(state):
         return step(state, data, jnp.arange(8))[0]
 
     start = jax.jit(
-        lambda seed: train.init_state(model, tx, data, jax.random.key(seed))
+        lambda seed: train.init_state(model, tx, data, jax.random.key(seed), SETTINGS)
     )
     return step, advance, start
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import runs
 from flax import linen as nn
+from tiny import SETTINGS, step_of
 
 from d2sparse import models, train
 from d2sparse.data import Split
@@ -60,10 +61,10 @@ def make_run(name):
         optimizer = train.make_optimizer("sgd", settings["learning_rate"])
         return sparsify(optimizer, rigl(0.7), when, key)
 
-    step = train.make_train_step(train.make_loss(model), make_tx, 20, when)
+    step = step_of(model, make_data(0), make_tx, 20, when)
 
     def init(seed, rate=0.05):
-        own = {"learning_rate": rate}
+        own = {**SETTINGS, "learning_rate": rate}
         tx, key = make_tx(own, seed), jax.random.key(seed)
         return train.init_state(model, tx, make_data(seed), key, own)
 

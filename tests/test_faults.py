@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from tiny import SETTINGS, step_of
 
 from d2sparse import constraints, train
 from d2sparse.data import Split
-from d2sparse.models import from_linen, layers, lenet_300_100
+from d2sparse.models import Model, from_linen, layers, lenet_300_100
 from d2sparse.rules import rigl
 from d2sparse.schedules import every
 from d2sparse.train.loops import Stretch, take_steps
@@ -57,23 +58,33 @@ def poison(where, value):
 
 def faulty(state, data, indices):
     """A step that goes wrong where the settings say so."""
-    plain, settings = train.make_loss(MODEL), state.settings
+    settings = state.settings
     due = state.step == settings["at"]
     hit = {kind: due & (settings["kind"] == n) for n, kind in enumerate(KINDS)}
 
-    def loss(params, model_state, batch, key):
-        value, (model_state, logs) = plain(params, model_state, batch, key)
-        # The factor has a gradient, its product none of its own.
-        slope = jnp.sum(params["first"]["kernel"])
-        if len(batch.labels) > BATCH:
-            return value + slope * poison(hit["refresh"], jnp.nan), (model_state, logs)
-        logs = logs | {"loss": logs["loss"] + poison(hit["loss"], jnp.nan)}
+    def apply(params, model_state, x, *, train):
+        logits, model_state = MODEL.apply(params, model_state, x, train=train)
         wrong = poison(hit["statistics"], jnp.nan)
-        model_state = jax.tree.map(lambda leaf: leaf + wrong, model_state)
-        return value + slope * poison(hit["gradient"], jnp.inf), (model_state, logs)
+        return logits, jax.tree.map(lambda leaf: leaf + wrong, model_state)
 
-    step = train.make_train_step(loss, TX, growth_samples=16, when=every(3))
-    after, logs = step(state, data, indices)
+    def loss(logits, batch, context):
+        value, logs = plain.loss(logits, batch, context)
+        # The factor has a gradient, its product none of its own.
+        slope = jnp.sum(context.params["first"]["kernel"])
+        if len(batch.labels) > BATCH:
+            return value + slope * poison(hit["refresh"], jnp.nan), logs
+        logs = logs | {"loss": logs["loss"] + poison(hit["loss"], jnp.nan)}
+        return value + slope * poison(hit["gradient"], jnp.inf), logs
+
+    plain = train.plain(MODEL, data)
+    training = plain._replace(
+        model=Model(MODEL.init, apply),
+        loss=loss,
+        transform=lambda *_: TX,
+        growth_samples=16,
+        when=every(3),
+    )
+    after, logs = train.make_step(training)(state, data, indices)
     # What a learning rate of 1e39 does to a finite gradient.
     rate = jnp.where(hit["update"], jnp.inf, 1.0)
     return after._replace(params=jax.tree.map(lambda w: rate * w, after.params)), logs
@@ -91,7 +102,7 @@ def run(request):
 
 
 def begin(data, kind="loss", at=-1, skip=False, seed=0):
-    settings = {"at": at, "kind": KINDS.index(kind)}
+    settings = {**SETTINGS, "at": at, "kind": KINDS.index(kind)}
     key = jax.random.key(seed)
     return train.init_state(MODEL, TX, data, key, settings, skip_faults=skip)
 
@@ -238,8 +249,8 @@ def test_a_guard_changes_no_bit_of_a_finite_run(data):
 def test_a_guarded_state_is_donated_like_any_other(data, optimizer):
     model = lenet_300_100()
     tx = sparsify(optimizer, rigl(0.9), every(100))
-    state = train.init_state(model, tx, data, jax.random.key(0))
-    step = train.make_train_step(train.make_loss(model), tx)
+    state = train.init_state(model, tx, data, jax.random.key(0), SETTINGS)
+    step = step_of(model, data, tx)
     row = train.step_indices(state, data, 1, BATCH)[0]
     plain, guarded = (
         jax.jit(f, donate_argnums=0).lower(state, data, row).compile().memory_analysis()

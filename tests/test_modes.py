@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny import SETTINGS, step_of
 
 from d2sparse import masks, models, rules
 from d2sparse.data import Split
@@ -18,9 +19,7 @@ from d2sparse.schedules import alternating, cosine, cubic, every
 from d2sparse.train import (
     guard,
     init_state,
-    make_loss,
     make_optimizer,
-    make_train_step,
     to_device,
 )
 from d2sparse.transforms import average_weights, get_masks, sparsify
@@ -206,12 +205,11 @@ def test_a_step_of_training_returns_the_types_it_takes_in_64_bits(optimizer):
             inner = make_optimizer(optimizer, settings["learning_rate"])
             return sparsify(average_weights(inner, 2), rules.rigl(0.5), every(2))
 
-        settings = {"learning_rate": 0.1}
         state = jax.eval_shape(
-            lambda key: init_state(model, make_tx(settings), data, key, settings),
+            lambda key: init_state(model, make_tx(SETTINGS), data, key, SETTINGS),
             jax.random.key(0),
         )
-        step = guard(make_train_step(make_loss(model), make_tx, 4, every(2)))
+        step = guard(step_of(model, data, make_tx, 4, every(2)))
         after, _ = jax.eval_shape(step, state, data, jnp.zeros(4, jnp.int32))
         assert jax.tree.structure(after) == jax.tree.structure(state)
         for x, y in zip(*map(jax.tree.leaves, (state, after)), strict=True):

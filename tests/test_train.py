@@ -8,6 +8,7 @@ import pytest
 import scipy.special
 import sklearn.metrics
 from flax import linen as nn
+from tiny import SETTINGS, step_of
 
 from d2sparse import train
 from d2sparse.data import Split, load
@@ -15,6 +16,7 @@ from d2sparse.masks import apply_masks, dense_masks
 from d2sparse.models import Model, from_linen, layers
 from d2sparse.rules import MaskRule, fixed, rigl
 from d2sparse.schedules import at, every
+from d2sparse.train import program
 from d2sparse.train.loops import Stretch, take_steps
 from d2sparse.transforms import get_masks, sparsify
 from d2sparse.tree import flatten
@@ -113,16 +115,15 @@ def dimmed(key, x):
 
 
 @pytest.fixture(scope="module")
-def sparse_run():
+def sparse_run(data):
     """A sparse perceptron whose mask moves every third step."""
     model, traces = perceptron(), []
-    loss = train.make_loss(model, dimmed, smoothing=0.1)
     optimizer = train.make_optimizer("sgd", 0.02, 5e-4)
     tx = sparsify(optimizer, larger_half(), every(3))
-    step = train.make_train_step(loss, tx, growth_samples=16)
+    step = step_of(model, data, tx, 16, augment=dimmed, label_smoothing=0.1)
 
     def init(data, seed=0):
-        return train.init_state(model, tx, data, jax.random.key(seed))
+        return train.init_state(model, tx, data, jax.random.key(seed), SETTINGS)
 
     return runner(counting(step, traces), "cpu"), init, traces, step
 
@@ -234,24 +235,40 @@ def test_an_unknown_optimizer_is_refused():
         train.make_optimizer("lion", 0.1)
 
 
+def plain_loss(model, like, smoothing=0.0, augment=None):
+    """The loss of a plain training, of parameters: what a step differentiates."""
+    recipe = train.Recipe(label_smoothing=smoothing, augment=augment)
+    training = train.plain(model, like, recipe)
+
+    def loss(params, model_state, batch, key):
+        x = training.inputs(batch, key)
+        logits, _ = model.apply(params, model_state, x, train=True)
+        context = train.Context(params, model_state, jnp.int32(0), SETTINGS, x)
+        return training.loss(logits, batch, context)
+
+    return loss
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_the_loss_is_the_mean_cross_entropy_of_augmented_images(data, smoothing):
-    model, key = perceptron(), jax.random.key(1)
-    x = train.inputs(data)
-    params, state = model.init(jax.random.key(0), x)
-    loss = train.make_loss(model, dimmed, smoothing)
-    value, (new_state, logs) = loss(params, state, data, key)
-    logits, _ = model.apply(params, state, dimmed(key, x), train=True)
+@pytest.mark.parametrize("augment", [None, dimmed])
+def test_the_loss_is_the_mean_cross_entropy_of_augmented_images(
+    data, smoothing, augment
+):
+    model, tx = perceptron(), optax.sgd(0.1)
+    state = train.init_state(model, tx, data, jax.random.key(1), SETTINGS)
+    step = step_of(model, data, tx, label_smoothing=smoothing, augment=augment)
+    after, logs = jax.jit(step)(state, data, jnp.arange(SIZE))
+    key, x = train.step_keys(state)[0], train.inputs(data)
+    shown = x if augment is None else augment(key, x)
+    logits, _ = model.apply(state.params, {}, shown, train=True)
     expected = cross_entropy(logits, data.labels, smoothing)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(logs["loss"], expected, rtol=1e-5)
     correct = np.argmax(logits, axis=1) == data.labels
     np.testing.assert_allclose(logs["train_accuracy"], correct.mean(), rtol=1e-6)
-    assert new_state == {}
-    plain, _ = train.make_loss(model, smoothing=smoothing)(params, state, data, key)
-    logits, _ = model.apply(params, state, x, train=True)
-    expected = cross_entropy(logits, data.labels, smoothing)
-    np.testing.assert_allclose(plain, expected, rtol=1e-5)
+    assert after.model_state == {}
+    loss = plain_loss(model, data, smoothing, augment)
+    value, _ = loss(state.params, {}, data, key)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
 def test_the_first_state_is_masked(data, sparse_run):
@@ -279,8 +296,8 @@ def test_loop_and_scan_give_the_same_numbers(data, sparse_run, convolution, netw
         state = init(data)
     else:
         tx = train.make_optimizer("adamw", 0.01)
-        step = train.make_train_step(train.make_loss(convolution), tx)
-        state = train.init_state(convolution, tx, data, jax.random.key(0))
+        step = step_of(convolution, data, tx)
+        state = train.init_state(convolution, tx, data, jax.random.key(0), SETTINGS)
         run = runner(step, "cpu")
     indices = train.step_indices(state, data, 8, BATCH)
     looped, loop_logs = run(copy(state), data, indices)
@@ -289,7 +306,7 @@ def test_loop_and_scan_give_the_same_numbers(data, sparse_run, convolution, netw
     looped, scanned = arrays(looped), arrays(scanned)
     for path in looped:
         np.testing.assert_allclose(scanned[path], looped[path], atol=1e-5, err_msg=path)
-    names = {"loss", "train_accuracy", "skipped"}
+    names = {"loss", "train_accuracy", "skipped", "macs"}
     assert set(loop_logs) == set(scan_logs) == names
     for name in loop_logs:
         assert loop_logs[name].shape == (8,)
@@ -305,10 +322,10 @@ def test_one_trace_serves_every_step_and_every_seed(data, sparse_run):
 
 def test_one_trace_of_the_scan_serves_every_seed(data):
     model, tx, traces = perceptron(), optax.sgd(0.1), []
-    step = train.make_train_step(train.make_loss(model), tx)
+    step = step_of(model, data, tx)
     run = runner(counting(step, traces), "gpu")
     for seed in range(3):
-        state = train.init_state(model, tx, data, jax.random.key(seed))
+        state = train.init_state(model, tx, data, jax.random.key(seed), SETTINGS)
         take_steps(run, state, data, Stretch(8, BATCH, every=4))
     assert len(traces) == 1
 
@@ -448,12 +465,12 @@ def test_the_rule_sees_the_gradient_of_the_growth_batch(data, growth_samples):
         jax.debug.callback(lambda *args: seen.append(args), step, grads)
         return masks
 
-    loss = train.make_loss(model)
+    loss = plain_loss(model, data)
     rule = MaskRule(lambda params, key: dense_masks(params), spy)
     tx = sparsify(optax.sgd(0.1), rule, at([1, 4]))
-    state = train.init_state(model, tx, data, jax.random.key(0))
+    state = train.init_state(model, tx, data, jax.random.key(0), SETTINGS)
     indices = train.step_indices(state, data, 8, BATCH)
-    step = jax.jit(train.make_train_step(loss, tx, growth_samples))
+    step = jax.jit(step_of(model, data, tx, growth_samples))
     gradient, expected = jax.jit(jax.grad(loss, has_aux=True)), []
     for row in indices:
         batch = {0: train.take(data, row), 1000: data}.get(growth_samples)
@@ -473,31 +490,36 @@ def test_the_rule_sees_the_gradient_of_the_growth_batch(data, growth_samples):
 
 def test_a_nan_at_a_refresh_ends_the_run(data):
     model = restless()
-    sane = train.make_loss(model)
+    plain = train.plain(model, data)
 
-    def loss(params, model_state, batch, key):
+    def loss(logits, batch, context):
         # The gradient of the growth batch, which is the larger one, is NaN.
-        value, aux = sane(params, model_state, batch, key)
-        first = jax.tree.leaves(params)[0]
+        value, logs = plain.loss(logits, batch, context)
+        first = jax.tree.leaves(context.params)[0]
         broken = jnp.sum(jnp.sqrt(first - first)) if len(batch.labels) > BATCH else 0.0
-        return value + broken, aux
+        return value + broken, logs
 
     tx = sparsify(optax.sgd(0.1), rigl(0.5), at([4]))
-    state = train.init_state(model, tx, data, jax.random.key(0))
-    run = train.make_runner(train.make_train_step(loss, tx, growth_samples=SIZE))
+    state = train.init_state(model, tx, data, jax.random.key(0), SETTINGS)
+    training = plain._replace(loss=loss, transform=lambda *_: tx, growth_samples=SIZE)
+    run = train.make_runner(train.make_step(training))
     state = take_steps(run, state, data, Stretch(4, BATCH))
     with pytest.raises(FloatingPointError, match=r"update of step 4 .* refresh"):
         take_steps(run, state, data, Stretch(6, BATCH))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 512])
-def test_predictions_do_not_depend_on_the_batch_size(data, convolution, batch_size):
+def test_predictions_do_not_depend_on_the_batch_size(
+    data, convolution, batch_size, monkeypatch
+):
+    monkeypatch.setattr(program, "_WIDTH", batch_size)
     model, x = convolution, train.inputs(data)
     params, model_state = model.init(jax.random.key(0), x[:1])
     _, model_state = model.apply(params, model_state, x, train=True)
     logits, _ = model.apply(params, model_state, x, train=False)
-    predict = train.make_predict(model, batch_size)
-    probabilities = predict(params, model_state, data)
+    state = bare_state(0)._replace(params=params, model_state=model_state)
+    predict = train.make_program(train.plain(model, data)).predict
+    probabilities = predict(state, data)["network"]
     assert isinstance(probabilities, np.ndarray)
     assert probabilities.shape == (SIZE, 10)
     np.testing.assert_allclose(
@@ -514,8 +536,10 @@ def test_predictions_of_half_precision_are_probabilities_in_float32(data):
     def apply(params, model_state, x, *, train):
         return model.apply(params, model_state, x.astype(jnp.bfloat16), train=train)
 
-    predict = train.make_predict(Model(model.init, apply))
-    probabilities = predict(half, {}, data)
+    state = bare_state(0)._replace(params=half)
+    training = train.plain(model, data)._replace(model=Model(model.init, apply))
+    predict = train.make_program(training).predict
+    probabilities = predict(state, data)["network"]
     logits = np.asarray(apply(half, {}, train.inputs(data), train=False)[0], np.float64)
     assert probabilities.dtype == np.float32
     np.testing.assert_allclose(
@@ -523,7 +547,7 @@ def test_predictions_of_half_precision_are_probabilities_in_float32(data):
     )
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
     with pytest.raises(ValueError, match="at least one example to predict, got none"):
-        predict(half, {}, jax.tree.map(lambda x: x[:0], data))
+        predict(state, jax.tree.map(lambda x: x[:0], data))
 
 
 def test_evaluation_is_over_the_whole_set():

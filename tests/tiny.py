@@ -16,6 +16,7 @@ from d2sparse.tree import flatten
 SIZE, BATCH, CLASSES, WIDTH = 24, 8, 5, 6
 SHAPES = {"first/kernel": (16, WIDTH), "head/kernel": (WIDTH, CLASSES)}
 KERNELS = tuple(SHAPES)
+SETTINGS = {"learning_rate": 0.1, "weight_decay": 0.0}  # What every step looks up.
 
 
 @functools.cache
@@ -53,6 +54,16 @@ def start(**recipe):
     """The plain training of the tiny network."""
     recipe = train.Recipe(**{"batch_size": BATCH, **recipe})
     return train.plain(perceptron(), images(), recipe)
+
+
+def step_of(model, like, tx, growth_samples=0, when=None, **recipe):
+    """A step with an optimiser, or one made of settings; states need SETTINGS."""
+    training = train.plain(model, like, train.Recipe(**recipe))._replace(
+        transform=lambda rate, settings, key: tx(settings) if callable(tx) else tx,
+        growth_samples=growth_samples,
+        when=when,
+    )
+    return train.make_step(training)
 
 
 def begin(program, seed=0, **settings):

@@ -20,7 +20,7 @@ from d2sparse.train.devices import (
     make_mesh,
     place,
 )
-from d2sparse.train.evaluation import evaluate, make_predict, make_statistics
+from d2sparse.train.evaluation import evaluate
 from d2sparse.train.faults import check_finite, failure, guard, has_failed, last_good
 from d2sparse.train.fitting import Watch, fit, fit_together
 from d2sparse.train.loops import Indices, Logs, Report, Runner, Save, make_runner
@@ -40,12 +40,9 @@ from d2sparse.train.state import (
     to_device,
 )
 from d2sparse.train.steps import (
-    Loss,
     Step,
     growth_batch,
     is_finite,
-    make_loss,
-    make_train_step,
     step_indices,
     step_keys,
 )
@@ -80,7 +77,6 @@ __all__ = [
     "Faults",
     "Indices",
     "Logs",
-    "Loss",
     "Masks",
     "Metrics",
     "Network",
@@ -127,15 +123,11 @@ __all__ = [
     "lay",
     "live_masks",
     "log_mean",
-    "make_loss",
     "make_mesh",
     "make_optimizer",
-    "make_predict",
     "make_program",
     "make_runner",
-    "make_statistics",
     "make_step",
-    "make_train_step",
     "place",
     "plain",
     "same_masks",

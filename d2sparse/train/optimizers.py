@@ -34,7 +34,7 @@ def make_optimizer(
         `params + sharpness g / |g|` with g the gradient at the parameters, of live
         weights inside `sparsify` (sharpness-aware minimisation, Foret et al.,
         arXiv 2010.01412). `update` then needs `grad_fn(params, number) -> gradient`;
-        `make_train_step` gives it. It doubles the cost of a step.
+        `make_step` gives it. It doubles the cost of a step.
 
     Raises:
       ValueError: unknown name.

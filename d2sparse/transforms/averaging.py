@@ -45,8 +45,8 @@ def average_weights(
     Around `sparsify` the average is 0 wherever the weight is pruned, at every step. A
     weight that grows enters with average 0, so let the masks rest before `begin`.
     Statistics of normalisations belong to other weights than the average: take them
-    anew, see `d2sparse.train.make_statistics`. An average needs a learning rate that
-    does not fall to 0 before it has begun.
+    anew, see `d2sparse.train.Program`. An average needs a learning rate that does not
+    fall to 0 before it has begun.
 
     Args:
       inner: any Optax optimiser, such as one made by `sparsify`; what comes after it in
