@@ -3,15 +3,15 @@
 A network learns from a stream of megabatches, and is pruned when they arrive (anytime
 progressive pruning, APP), once before the first (one_shot), within the stages (gradual,
 rigl), or never (dense). After every megabatch it is tested; the tables have the mean
-error over the stream, the last accuracy, and paired differences.
+error over the stream, the last accuracy, and paired differences. `random_matched`
+deletes random weights down to the densities of `app_2022`.
 
 The code released with APP (arXiv 2204.01640) does something else than the method:
 masks after the first are computed for random weights, dead weights compete for places
 and then stay dead, and the score looks at the first examples that ever came. What is
 called "a third of the size" has some 2 % of its weights. Here `app` is the method as it
 is described, and `app_2022` the released behaviour; `--compat=app-2022` also takes the
-data in their own order. Its augmented validation and its literal learning rate are left
-out. `random_matched` deletes random weights down to the same densities.
+data in their own order, without its augmented validation and literal learning rate.
 
     python -m experiments.anytime
     python -m experiments.anytime --dataset=mnist --samples_per_class=200 --epochs=15
@@ -44,8 +44,7 @@ class Config(StreamOptions, study.Config):
     HIDDEN = (*_NO_MEANING, *study.unread_options(streams.WITHIN))
 
     # What to compare. app_magnitude is app with that criterion, app_2022 is APP as its
-    # released code does it, and random_matched deletes random weights down to the
-    # densities that app_2022 has come to.
+    # released code does it.
     methods: tuple[_Name, ...] = ("dense", "one_shot", "app", "app_2022")
     samples_per_class: int = 0  # training labels of every class; 0 for all
     learning_rate: float = 0.05  # at the first step of every stage

@@ -2,21 +2,17 @@
 
 Dense networks (also shorter, narrower, smoothed, averaged, sharpness-aware and born
 again), pruning before, in and after training, sparse training, and pairs of sparse
-networks with one network's weights between them. All methods of a seed see the same
-labels. Tables for every number of labels: mean and standard error on the test set,
-calibration, stored numbers and costs; paired differences to RigL, iterative pruning,
-the dense network and uncoupled pairs; corrupted images, wrong labels and long tails;
-and images outside of labels and test set, to choose designs by.
+networks with one network's weights between them. Tables for every number of labels:
+accuracy, calibration and costs; paired differences to four methods; corrupted images,
+wrong labels and long tails; and images outside of both sets, to choose designs by.
 
 With --tune every method gets the same number of trials on a validation part of the
-labels; later runs in the same directory use the values that won, and read the test set
-once. Any cell can be run alone, by --methods, --samples_per_class, --label_noise,
---imbalance and --seeds, and joins the tables of its directory.
+labels; later runs in the same directory use the values that won. Any method, number of
+labels, noise and seed can be run alone, and joins the tables of its directory.
 
     python -m experiments.low_data
     python -m experiments.low_data --workdir=RUN --tune
     python -m experiments.low_data --workdir=RUN --label_noise=0,0.2,0.4
-    python -m experiments.low_data --workdir=RUN --imbalance=10 --samples_per_class=50
     python -m experiments.low_data --workdir=RUN --methods=rigl --seeds=10
 """
 
