@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import math
 import shutil
+import statistics
 
 import jax.numpy as jnp
 import numpy as np
@@ -169,6 +171,46 @@ def test_summaries_and_differences_are_those_of_numpy(finished):
     assert order == ["dense", *["rigl"] * 2, *["imp"] * 2]
     assert summary["config"]["axes"] == {"sparsity": [0.5, 0.75]}
     assert config.axes == {"sparsity": (0.5, 0.75)}
+
+
+def runs_of(method, values):
+    columns = {"method": method, "seed": list(values), "accuracy": values.values()}
+    return pd.DataFrame(columns).assign(seconds=1.0)
+
+
+def test_means_and_errors_agree_with_the_standard_library():
+    values = [0.5, 0.75, 0.8, 0.1]
+    row = study.summarise(runs_of("rigl", dict(enumerate(values)))).iloc[0]
+    assert row["accuracy"] == pytest.approx(statistics.mean(values), rel=1e-6)
+    error = statistics.stdev(values) / math.sqrt(4)
+    assert row["standard_error"] == pytest.approx(error, rel=1e-6)
+    assert row["seeds"] == 4
+
+
+def test_one_run_has_no_standard_error_and_none_have_no_row():
+    row = study.summarise(runs_of("rigl", {0: 0.5})).iloc[0]
+    assert (row["accuracy"], row["seeds"]) == (0.5, 1)
+    assert math.isnan(row["standard_error"])
+    assert study.summarise(runs_of("rigl", {})).empty
+
+
+def test_a_number_that_is_not_finite_in_one_run_shows_in_the_mean():
+    runs = runs_of("rigl", {0: 0.5, 1: 0.6}).assign(nll=[0.3, math.nan])
+    row = study.summarise(runs).iloc[0]
+    assert math.isnan(row["nll"])
+    assert row["accuracy"] == pytest.approx(0.55)
+
+
+def test_paired_differences_match_seeds_not_positions():
+    a, b = {3: 0.9, 1: 0.5, 2: 0.7}, {1: 0.4, 2: 0.5, 3: 0.6, 9: 0.0}
+    runs = pd.concat([runs_of("a", a), runs_of("b", b)])
+    (row,) = study.difference(runs, {"method": "b"}).to_dict("records")
+    differences = [0.9 - 0.6, 0.5 - 0.4, 0.7 - 0.5]
+    assert row["difference"] == pytest.approx(statistics.mean(differences))
+    error = statistics.stdev(differences) / math.sqrt(3)
+    assert row["difference_error"] == pytest.approx(error)
+    apart = pd.concat([runs_of("a", a), runs_of("b", {4: 0.0})])
+    assert study.difference(apart, {"method": "b"}).empty
 
 
 def test_the_table_fits_a_terminal_and_says_what_the_summary_says(finished):

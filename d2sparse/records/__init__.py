@@ -22,18 +22,14 @@ from d2sparse.records.files import complete_lines
 from d2sparse.records.opening import identity, open_run
 from d2sparse.records.reading import Unit, read_metrics
 from d2sparse.records.run import Run
-from d2sparse.records.summaries import Summary, paired_difference, summarize
 from d2sparse.records.tables import markdown_table
 
 __all__ = [
     "Run",
-    "Summary",
     "Unit",
     "complete_lines",
     "identity",
     "markdown_table",
     "open_run",
-    "paired_difference",
     "read_metrics",
-    "summarize",
 ]

@@ -49,9 +49,9 @@ def summarise(runs: "pd.DataFrame", by: Sequence[str] = ("method",)) -> "pd.Data
       by: the columns that tell rows of the summary apart, in the order of `runs`.
 
     Returns:
-      A row for every group: the means of all numeric columns, and the columns seeds,
-      deviation and standard_error (NaN for one seed); seconds are the median. Without
-      runs it has no rows.
+      A row for every group: the means of all numeric columns, NaN where one of a run
+      is, and the columns seeds, deviation and standard_error (NaN for one seed);
+      seconds are the median. Without runs it has no rows.
 
     >>> runs = pd.DataFrame({"method": ["rigl"] * 2, "seed": [0, 1],
     ...                      "accuracy": [0.5, 0.75], "seconds": [1.0, 2.0]})
@@ -63,7 +63,7 @@ def summarise(runs: "pd.DataFrame", by: Sequence[str] = ("method",)) -> "pd.Data
     by = [name for name in by if name in runs.columns]
     groups = runs.groupby(by, sort=False, dropna=False)
     numeric = runs.select_dtypes("number").columns.difference([*by, "seed"])
-    summary = groups[list(numeric)].mean()
+    summary = groups[list(numeric)].agg(lambda column: column.mean(skipna=False))
     deviation = groups["accuracy"].std(ddof=1)
     count = groups["accuracy"].count()
     summary["deviation"] = deviation
