@@ -8,7 +8,8 @@ were given.
 import contextlib
 import inspect
 import numbers
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -107,6 +108,41 @@ def check_whole(name: str, value: Any, least: int) -> None:
         raise ValueError(
             f"expected a whole number of at least {least} as `{name}`, got {value!r}"
         )
+
+
+def check_least(
+    options: Any, least: Mapping[str, float], most: float = sys.float_info.max
+) -> None:
+    """Raises where an option is below the least that makes sense.
+
+    Args:
+      options: with the numbers as attributes.
+      least: by name, the least that each may be.
+      most: the largest that any may be; if not given, they are finite.
+
+    Raises:
+      ValueError: naming the option.
+
+    >>> import types
+    >>> check_least(types.SimpleNamespace(steps=10), {"steps": 1})
+    """
+    for name, value in least.items():
+        number = getattr(options, name)
+        if not value <= number <= most:
+            raise ValueError(f"expected {name} >= {value}, got {number}")
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises where a word is none of the choices.
+
+    Raises:
+      ValueError: naming the option and the choices.
+
+    >>> check_choice("schedule", "cosine", ("cosine", "constant"))
+    """
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"expected {name} of {', '.join(choices)}, got {value!r}")
 
 
 def check_count(name: str, value: Any) -> None:

@@ -1,10 +1,12 @@
 """The numbers and choices that methods can be varied by."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Literal, get_args
 
 from d2sparse import distributions, masks, scores
+from d2sparse.checks import check_choice, check_least
 from d2sparse.constraints.growing import Moves
 from d2sparse.constraints.lottery import Rewinds
 from d2sparse.constraints.masked import Structure
@@ -74,22 +76,14 @@ class Options:
     def __post_init__(self) -> None:
         """Refuses values out of their ranges."""
         check_sparsity(self.sparsity)
-        for name, least in _LEAST.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(
-                    f"expected {name} >= {least}, got {getattr(self, name)}"
-                )
+        check_least(self, _LEAST, most=math.inf)
         for name in _FRACTIONS:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"expected {name} in [0, 1), got {getattr(self, name)}"
                 )
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"expected {name} of {', '.join(choices)}, got "
-                    f"{getattr(self, name)!r}"
-                )
+            check_choice(name, getattr(self, name), choices)
 
     @property
     def masks(self) -> Structure:

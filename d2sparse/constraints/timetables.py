@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -10,6 +11,7 @@ import numpy as np
 from d2sparse import anytime, data
 from d2sparse.anytime import DEAD, LEVELS, Dead, LevelSchedule, Stage
 from d2sparse.anytime.stages import STAGE_SCHEDULES, StageSchedule
+from d2sparse.checks import check_choice, check_least
 from d2sparse.data import REPLAYS, Replay, Stream
 from d2sparse.train import Data, TrainState
 
@@ -77,17 +79,9 @@ class StreamOptions:
 
     def __post_init__(self) -> None:
         """Refuses values out of their ranges and options without an effect."""
-        for name, least in _LEAST.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(
-                    f"expected {name} >= {least}, got {getattr(self, name)}"
-                )
+        check_least(self, _LEAST, most=math.inf)
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"expected {name} of {', '.join(choices)}, got "
-                    f"{getattr(self, name)!r}"
-                )
+            check_choice(name, getattr(self, name), choices)
         if not 0 < self.score_fraction <= 1:
             raise ValueError(
                 f"expected score_fraction in (0, 1], got {self.score_fraction}"

@@ -1,13 +1,14 @@
 """The flags of a comparison, one dataclass a group; their names are distinct."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from d2sparse import data
+from d2sparse.checks import check_choice, check_least
 from d2sparse.constraints import METHODS, MIXES, Options
 
+# Type checkers ask for literals that are written out; the names stand in the tables.
 MethodName = Literal[*METHODS]  # type: ignore[valid-type]
 MixName = Literal[*MIXES]  # type: ignore[valid-type]
 PrunableName = Literal["kernels", "convolutions", "body"]
@@ -185,29 +186,6 @@ _CHOICES = {
     "schedule": get_args(ScheduleName),
     "on_nonfinite": ("stop", "skip"),
 }
-
-
-def check_least(config: Any, least: Mapping[str, float]) -> None:
-    """Refuses numbers below the least that makes sense.
-
-    Raises:
-      ValueError: naming the flag.
-    """
-    for name, value in least.items():
-        number = getattr(config, name)
-        if not value <= number < math.inf:
-            raise ValueError(f"expected {name} >= {value}, got {number}")
-
-
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Refuses a word that is none of the choices.
-
-    Raises:
-      ValueError: naming the flag and the choices.
-    """
-    choices = list(choices)
-    if value not in choices:
-        raise ValueError(f"expected {name} of {', '.join(choices)}, got {value!r}")
 
 
 def check_names(flag: str, names: tuple[str, ...], known: Iterable[str]) -> None:

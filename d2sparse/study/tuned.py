@@ -1,14 +1,16 @@
 """Tuned values: read from a file, used and stored by the runs of a comparison."""
 
 import json
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_type_hints
 
 from d2sparse import disk, records, schema
+from d2sparse.checks import check_choice
 from d2sparse.constraints import METHODS, Method
 from d2sparse.constraints.equal_costs import Known
 from d2sparse.study.comparing import Experiment
-from d2sparse.study.flags import Config, check_choice
+from d2sparse.study.flags import Config
 from d2sparse.study.grid import Plan, Row
 from d2sparse.study.runner import End
 from d2sparse.study.trainings import mixed
@@ -101,7 +103,8 @@ def _check_tuned(tuned: Any, methods: Mapping[str, Method]) -> None:
                 raise ValueError(f"{method} has values for {count!r}, not a number")
             for name, value in schema.parse(values, dict[str, Any]).items():
                 check_choice("flag", name, kinds)
-                schema.parse({name: value}, dict[str, kinds[name]])  # type: ignore[valid-type]
+                form = types.GenericAlias(dict, (str, kinds[name]))
+                schema.parse({name: value}, form)
 
 
 def _check_recorded(out: records.Run, values: Mapping[str, Flags]) -> None:

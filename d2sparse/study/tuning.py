@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from d2sparse import data, records
-from d2sparse.checks import optional
+from d2sparse.checks import check_least, optional
 from d2sparse.constraints import Method
 from d2sparse.constraints.equal_costs import Known
 from d2sparse.data import Source
@@ -30,7 +30,6 @@ from d2sparse.study.flags import (
     Config,
     as_axes,
     aside,
-    check_least,
     given,
     text_of,
 )
