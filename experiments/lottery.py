@@ -55,7 +55,7 @@ def keep_ticket(end: study.End) -> Mapping[str, Any]:
     """Saves the ticket of a round; that of RISE is dense and is not one."""
     masks = get_masks(end.progress.state.opt_state)
     network = end.plan.training.network
-    pruned = 1 - study.live_weights(network, masks) / network.weights
+    pruned = study.zeros(network, masks)
     if not end.title or end.plan.row.method == "rise" or not end.out.writes:
         return {"pruned": pruned}
     ticket = end.progress.memory["ticket"]

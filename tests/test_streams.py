@@ -25,7 +25,6 @@ from d2sparse.constraints import (
     gradual,
     iterative_magnitude,
     layer_densities,
-    live_weights,
     make_timetable,
     rigl,
     snip,
@@ -43,6 +42,7 @@ from d2sparse.train import (
     fit,
     fit_together,
     lasting,
+    live_weights,
     make_program,
     plain,
 )

@@ -54,7 +54,6 @@ from d2sparse.constraints.stream_methods import STREAM_METHODS, Streamed
 from d2sparse.constraints.streams import (
     as_long_as_stream,
     layer_densities,
-    live_weights,
     stream,
     stream_steps,
 )
@@ -90,7 +89,6 @@ __all__ = [
     "kept",
     "last_refresh",
     "layer_densities",
-    "live_weights",
     "make_timetable",
     "movement",
     "one_shot",

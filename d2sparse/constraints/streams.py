@@ -29,6 +29,7 @@ from d2sparse.train import (
     Training,
     claim,
     lasting,
+    live_weights,
     stay,
 )
 from d2sparse.tree import PyTree
@@ -154,18 +155,6 @@ def as_long_as_stream(options: StreamOptions, labels: Any) -> Constraint:
         return lasting(steps)(training)
 
     return constrained
-
-
-def live_weights(network: Network, masks: tuple[PyTree, ...]) -> dict[str, int]:
-    """Live weights of every prunable leaf, over all networks.
-
-    Args:
-      network: whose leaves they are.
-      masks: of each network, such as `training.masks(state).trained`.
-    """
-    leaves = tree.prunable_leaves(network.params, network.prunable)
-    each = [tree.pick(live, leaves) for live in masks]
-    return {path: sum(int(live[path].sum()) for live in each) for path in leaves}
 
 
 def layer_densities(network: Network, masks: tuple[PyTree, ...]) -> dict[str, float]:

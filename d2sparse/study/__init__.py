@@ -24,8 +24,6 @@ from d2sparse.study.flags import (
     MethodName,
     as_axes,
     aside,
-    check_choice,
-    check_least,
     given,
 )
 from d2sparse.study.frames import (
@@ -42,11 +40,12 @@ from d2sparse.study.grid import (
     make_plans,
     unread_options,
 )
+from d2sparse.study.judging import zeros
 from d2sparse.study.reporting import Comparison, report
 from d2sparse.study.runner import End, Finished, Runner, run_plans
 from d2sparse.study.splits import Splits, make_draw_splits
 from d2sparse.study.tables import percent, table_of
-from d2sparse.study.trainings import live_weights, save_ticket
+from d2sparse.study.trainings import save_ticket
 
 __all__ = [
     "Comparison",
@@ -61,8 +60,6 @@ __all__ = [
     "Splits",
     "as_axes",
     "aside",
-    "check_choice",
-    "check_least",
     "compare",
     "default_workdir",
     "difference",
@@ -70,7 +67,6 @@ __all__ = [
     "given",
     "identified",
     "list_rows",
-    "live_weights",
     "make_draw_splits",
     "make_plans",
     "percent",
@@ -83,4 +79,5 @@ __all__ = [
     "table_of",
     "unread_options",
     "with_difference",
+    "zeros",
 ]

@@ -12,7 +12,7 @@ from d2sparse.data import CORRUPTIONS
 from d2sparse.study.grid import Plan
 from d2sparse.study.splits import Splits
 from d2sparse.train import Data, Network, Program, Progress, TrainState
-from d2sparse.tree import PyTree, pick, prunable_leaves
+from d2sparse.tree import PyTree
 
 _CHUNK = 1000  # Images that are corrupted at once.
 
@@ -58,9 +58,8 @@ def judge(
 
 def zeros(network: Network, *masks: PyTree) -> float:
     """Fraction of zeros among the prunable weights of networks under masks."""
-    weights = prunable_leaves(network.params, network.prunable)
-    live = [np.sum(mask) for own in masks for mask in pick(own, weights).values()]
-    return 1 - float(np.sum(live)) / (len(masks) * network.weights)
+    live = sum(train.live_weights(network, masks).values())
+    return 1 - live / (len(masks) * network.weights)
 
 
 def monitor_accuracy(

@@ -16,7 +16,6 @@ from d2sparse.constraints import (
     Streamed,
     StreamOptions,
     layer_densities,
-    live_weights,
     timetable_of,
 )
 from d2sparse.constraints.coupled import pair_masks
@@ -25,7 +24,7 @@ from d2sparse.study.grid import Plan
 from d2sparse.study.judging import accuracy
 from d2sparse.study.runner import End
 from d2sparse.study.splits import DrawSplits
-from d2sparse.train import Data, Training, constrain, take
+from d2sparse.train import Data, Training, constrain, live_weights, take
 from d2sparse.tree import PyTree
 
 _TIMES = (

@@ -15,7 +15,7 @@ from d2sparse.masks import dense_masks
 from d2sparse.models import Model
 from d2sparse.study.flags import Config, given
 from d2sparse.train import Data, Network, Program, Recipe, Training, constrain, describe
-from d2sparse.tree import Prunable, PyTree, is_kernel
+from d2sparse.tree import Prunable, is_kernel
 
 MakeModel = Callable[[Config], Model]
 
@@ -182,7 +182,8 @@ def _load_ticket(flags: Config, training: Training, like: Data) -> Ticket:
     shapes = dict(zip(("params", "model_state"), form, strict=True))
     values, masks = checkpoint.load_sparse(flags.ticket, shapes)
     ticket = Ticket(values["params"], values["model_state"], masks["params"])
-    size, live = training.network.weights, live_weights(training.network, ticket.masks)
+    size = training.network.weights
+    live = sum(train.live_weights(training.network, (ticket.masks,)).values())
     (name,) = flags.methods
     if METHODS[name].ticket == "prunes" and round((1 - flags.sparsity) * size) > live:
         raise ValueError(
@@ -204,9 +205,3 @@ def save_ticket(directory: Any, ticket: Ticket) -> int:
     values = {"params": ticket.params, "model_state": ticket.model_state}
     masks = {"params": ticket.masks, "model_state": dense_masks(ticket.model_state)}
     return checkpoint.save_sparse(directory, values, masks)
-
-
-def live_weights(network: Network, masks: PyTree) -> int:
-    """Number of live weights among the prunable ones."""
-    prunable = tree.prunable_leaves(network.params, network.prunable)
-    return sum(int(mask.sum()) for mask in tree.pick(masks, prunable).values())

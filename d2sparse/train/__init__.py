@@ -8,6 +8,7 @@ from d2sparse.train.cost import (
     forward_macs,
     growth_share,
     live_masks,
+    live_weights,
     same_masks,
     step_macs,
 )
@@ -122,6 +123,7 @@ __all__ = [
     "lasting",
     "lay",
     "live_masks",
+    "live_weights",
     "log_mean",
     "make_mesh",
     "make_optimizer",

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from d2sparse import macs
+from d2sparse import macs, tree
 from d2sparse.masks import dense_masks
 from d2sparse.train.state import TrainState
 from d2sparse.train.training import Masks, Network, Training
@@ -17,6 +17,18 @@ def live_masks(params: PyTree, opt_state: PyTree) -> PyTree:
     """Masks of the weights that are not 0 by constraint, all where there is none."""
     sparse = sparse_states(opt_state)
     return get_masks(opt_state) if sparse else dense_masks(params)
+
+
+def live_weights(network: Network, masks: Sequence[PyTree]) -> dict[str, int]:
+    """Live weights of every prunable leaf, over all networks.
+
+    Args:
+      network: whose leaves they are.
+      masks: of each network, such as `training.masks(state).trained`.
+    """
+    leaves = tree.prunable_leaves(network.params, network.prunable)
+    each = [tree.pick(live, leaves) for live in masks]
+    return {path: sum(int(live[path].sum()) for live in each) for path in leaves}
 
 
 def same_masks(*live: PyTree) -> Masks:
