@@ -99,15 +99,16 @@ def compare(
     asked.check(out, plans)
     runner = Runner(config, out, draw_splits, asked.examine, asked.settings)
 
-    def report() -> Mapping[str, Any]:
+    def finished() -> Comparison:
         runs = reporting.read(config, out, plans)
-        return asked.report(Comparison(config, out, plans, runs, asked.references))
+        return Comparison(config, out, plans, runs, asked.references)
 
-    with reporting.partial_report(out, report):
+    with reporting.partial_report(out, lambda: asked.report(finished())):
         run_plans(runner, plans)
-    report()
+    comparison = finished()
+    asked.report(comparison)
     refuse_all_failed(out)
-    return reporting.read(config, out, plans)
+    return comparison.runs
 
 
 def refuse_all_failed(out: records.Run) -> None:

@@ -32,7 +32,7 @@ def examine(end: End, severities: tuple[int, ...]) -> dict[str, Any]:
     """What is asked of a trained network besides its accuracy on clean images.
 
     Args:
-      end: of a run.
+      end: of a run; at the end of a titled phase nothing is asked.
       severities: of the corruptions, from 1, slight, to 5.
 
     Returns:
@@ -40,6 +40,8 @@ def examine(end: End, severities: tuple[int, ...]) -> dict[str, Any]:
       and severity, such as "blur-3", where the data are uint8 images; and "outside",
       the accuracy on training examples outside of the labels, where there are any.
     """
+    if end.title:
+        return {}
     program, state, splits = end.program, end.state, end.splits
     found: dict[str, Any] = {"calibration": calibration(program, state, splits)}
     images, outside = splits.judge.images, splits.outside
