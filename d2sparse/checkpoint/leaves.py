@@ -171,7 +171,9 @@ def _sharding(path: str, like: Any) -> jax.sharding.Sharding | None:
     if isinstance(like, jax.Array) and not like.committed:
         return None
     sharding: jax.sharding.Sharding | None = getattr(like, "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    mesh = sharding.mesh
     if not isinstance(mesh, jax.sharding.AbstractMesh):
         return sharding
     own = jax.sharding.get_mesh()
@@ -180,7 +182,7 @@ def _sharding(path: str, like: Any) -> jax.sharding.Sharding | None:
             f"expected a sharding with devices at {path}, got {sharding}; restore "
             "under the same `jax.set_mesh`, or give a sharding of a concrete mesh"
         )
-    return jax.sharding.NamedSharding(own, sharding.spec)  # type: ignore[union-attr]
+    return jax.sharding.NamedSharding(own, sharding.spec)
 
 
 def _key_impl(like: Any) -> Any:

@@ -135,9 +135,10 @@ def parse_flags(config_type: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     if stray:
         parser.error(f"unexpected {' '.join(stray)!r}: flags are written --name=value")
     try:
-        return _configured(config_type, vars(namespace))
+        config: ConfigT = _configured(config_type, vars(namespace))
     except ValueError as error:
         parser.error(str(error))
+    return config
 
 
 def use_compilation_cache() -> None:
@@ -281,10 +282,10 @@ def _add_flag(
     group.add_argument(f"--{name}", help=explained, **options)
 
 
-def _configured(config_type: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+def _configured(config_type: Any, values: dict[str, Any]) -> Any:
     """The configuration of the flags that were given."""
     plain = {k: v for k, v in values.items() if not isinstance(v, _Several)}
-    fields = {field.name: field for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
     if "axes" in fields:
         axes = _default_axes(fields)
         kept = {name: several for name, several in axes.items() if name not in values}

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from d2sparse.checks import optional
@@ -84,6 +84,3 @@ def in_short(judged: str, name: str, results: Mapping[str, Any] | None) -> str:
         f"{name}: {100 * results['accuracy']:.2f} % {judged} accuracy, "
         f"{results['seconds']:.1f} s"
     )
-
-
-Note = Callable[[str], None]

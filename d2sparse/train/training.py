@@ -230,9 +230,4 @@ def end(progress: Progress) -> Progress:
     return progress._replace(phase=jnp.full_like(progress.phase, _OVER))
 
 
-def is_over(progress: Progress) -> bool:
-    """Whether a phase has ended the training early."""
-    return int(progress.phase) == _OVER
-
-
 _OVER = 2**31 - 1
