@@ -36,11 +36,11 @@ from d2sparse.train import (
     Settings,
     Training,
     TrainState,
+    begin_state,
     claim,
     constrain,
     forward_macs,
     growth_share,
-    init_state,
     inputs,
     make_program,
     step_macs,
@@ -212,16 +212,7 @@ def _optimiser(
             (*jax.random.split(mask_key), apart_key),
         )
         opt_state = tx.init(params)
-        empty = init_state(
-            Model(lambda key, x: ({}, {}), training.model.apply),
-            optax.identity(),
-            data,
-            key,
-            settings,
-        )
-        state = empty._replace(
-            params=params, model_state=model_state, opt_state=opt_state, key=run_key
-        )
+        state = begin_state(params, model_state, opt_state, run_key, settings)
         masked = Dual(*map(apply_masks, params, pair_masks(state)))
         # Copies: donation allows no sharing.
         return jax.tree.map(jnp.array, state._replace(params=masked))
@@ -249,16 +240,10 @@ def _end(two: Dual) -> dict[str, Any]:
         state = progress.state
         if _consolidates(two):
             return state
-        own = joint_state(state.opt_state)
         ends = []
-        for t, name in zip(two, Dual._fields, strict=True):
-            alone = state._replace(
-                params=getattr(state.params, name),
-                model_state=getattr(state.model_state, name),
-                opt_state=getattr(own, name),
-            )
-            learner = getattr(programs(), name)
-            ends.append(t.finish(progress._replace(state=alone), data, learner))
+        for number, learner in enumerate(programs()):
+            alone = progress._replace(state=_alone(state, number))
+            ends.append(learner.training.finish(alone, data, learner))
         return state._replace(
             params=Dual(*(end.params for end in ends)),
             model_state=Dual(*(end.model_state for end in ends)),
@@ -298,11 +283,7 @@ def _account(two: Dual, plain: Training) -> dict[str, Any]:
 
     def further(state: TrainState, number: int, t: Training) -> Any:
         """What a learner's step costs besides its gradient, such as sharpness."""
-        alone = state._replace(
-            params=state.params[number],
-            model_state=state.model_state[number],
-            opt_state=joint_state(state.opt_state)[number],
-        )
+        alone = _alone(state, number)
         return t.cost(t, alone, 0) - step_macs(t, alone)
 
     def two_due(step: jax.Array) -> list[Any]:
@@ -329,6 +310,15 @@ def _same_phases(two: Dual) -> Any:
             "several, such as iterative pruning; prune before or after the pair"
         )
     return two.fast.phases
+
+
+def _alone(state: TrainState, number: int) -> TrainState:
+    """The state of one learner, as if it were trained alone."""
+    return state._replace(
+        params=state.params[number],
+        model_state=state.model_state[number],
+        opt_state=joint_state(state.opt_state)[number],
+    )
 
 
 def _own(training: Training, settings: Settings) -> Settings:

@@ -7,13 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2sparse import anytime, metrics
+from d2sparse import anytime
 from d2sparse import data as streamed
 from d2sparse.anytime import Stage
 from d2sparse.constraints.arrivals import Arrival, Prune, new_network, sample_of
 from d2sparse.constraints.timetables import StreamOptions, timetable_of
 from d2sparse.dual import Dual, joint_state
-from d2sparse.train import Data, Phase, Program, Progress, Training, TrainState, take
+from d2sparse.train import (
+    Data,
+    Phase,
+    Program,
+    Progress,
+    Training,
+    TrainState,
+    accuracy_of,
+    take,
+)
 from d2sparse.transforms import SparsifyState, sparse_states, zero_pruned
 
 
@@ -124,10 +133,8 @@ def _validate(
     if parts.options.select == "best" and len(visible.validation):
         examples = take(data, jnp.asarray(visible.validation))
         counts = program.training.finish(progress, data, program)
-        headline = next(iter(program.predict(counts, examples).values()))
-        score = metrics.accuracy(jnp.asarray(headline), examples.labels)
         # As it is kept, or equal ones differ.
-        score = jnp.float32(score)
+        score = jnp.float32(accuracy_of(program, counts, examples))
     if not score > memory["score"]:
         return progress
     better = {"best": _copy(state), "score": score}

@@ -46,7 +46,7 @@ def judge(
     return {
         **train.evaluate(_headline(outputs), np.asarray(splits.judge.labels)),
         **{
-            f"accuracy_{name}": accuracy(each, splits.judge)
+            f"accuracy_{name}": train.accuracy(each, splits.judge)
             for name, each in outputs.items()
         },
         "nonzeros": sum(int(np.sum(m)) for m in jax.tree.leaves(masks.stored)),
@@ -71,13 +71,7 @@ def monitor_accuracy(
     own, state = program.of(int(progress.phase)), progress.state
     if len(program.training.phases) == 1:  # Else the end depends on what phases keep.
         state = program.training.finish(progress, splits.train, program)
-    outputs = own.predict(state, splits.monitor)
-    return {"monitor_accuracy": accuracy(_headline(outputs), splits.monitor)}
-
-
-def accuracy(probabilities: np.ndarray, examples: Data) -> float:
-    """Fraction of examples whose label has the largest probability."""
-    return float(metrics.accuracy(jnp.asarray(probabilities), examples.labels))
+    return {"monitor_accuracy": train.accuracy_of(own, state, splits.monitor)}
 
 
 def calibration(
@@ -97,9 +91,8 @@ def corrupted_accuracies(
     Every method sees the same corrupted images.
     """
     return {
-        f"{name}-{severity}": accuracy(
-            _headline(program.predict(state, corrupt(examples, name, severity))),
-            examples,
+        f"{name}-{severity}": train.accuracy_of(
+            program, state, corrupt(examples, name, severity)
         )
         for name in CORRUPTIONS
         for severity in severities

@@ -16,8 +16,9 @@ from d2sparse.constraints import METHODS
 from d2sparse.data import CORRUPTIONS
 from d2sparse.study.flags import text_of
 from d2sparse.study.frames import summarise, with_difference
-from d2sparse.study.judging import accuracy, calibration, corrupted_accuracies
+from d2sparse.study.judging import calibration, corrupted_accuracies
 from d2sparse.study.runner import End
+from d2sparse.train import accuracy_of
 
 with optional(__name__):
     import pandas as pd
@@ -50,8 +51,7 @@ def examine(end: End, severities: tuple[int, ...]) -> dict[str, Any]:
             program, state, splits.judge, severities
         )
     if outside is not None:
-        probabilities = next(iter(program.predict(state, outside).values()))
-        found["outside"] = accuracy(probabilities, outside)
+        found["outside"] = accuracy_of(program, state, outside)
     return found
 
 

@@ -21,10 +21,16 @@ from d2sparse.constraints import (
 from d2sparse.constraints.coupled import pair_masks
 from d2sparse.dual import Dual
 from d2sparse.study.grid import Plan
-from d2sparse.study.judging import accuracy
 from d2sparse.study.runner import End
 from d2sparse.study.splits import DrawSplits
-from d2sparse.train import Data, Training, constrain, live_weights, take
+from d2sparse.train import (
+    Data,
+    Training,
+    accuracy_of,
+    constrain,
+    live_weights,
+    take,
+)
 from d2sparse.tree import PyTree
 
 _TIMES = (
@@ -162,5 +168,4 @@ def _rows(examples: Data, numbers: np.ndarray) -> Data:
 
 
 def _accuracy(end: End, examples: Data) -> float:
-    outputs = end.program.predict(end.state, examples)
-    return accuracy(next(iter(outputs.values())), examples)
+    return accuracy_of(end.program, end.state, examples)

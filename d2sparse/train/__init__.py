@@ -21,7 +21,7 @@ from d2sparse.train.devices import (
     make_mesh,
     place,
 )
-from d2sparse.train.evaluation import evaluate
+from d2sparse.train.evaluation import accuracy, accuracy_of, evaluate
 from d2sparse.train.faults import check_finite, failure, guard, has_failed, last_good
 from d2sparse.train.fitting import Watch, fit, fit_together
 from d2sparse.train.loops import Indices, Logs, Report, Runner, Save, make_runner
@@ -35,6 +35,7 @@ from d2sparse.train.state import (
     Faults,
     Metrics,
     TrainState,
+    begin_state,
     init_state,
     inputs,
     take,
@@ -96,7 +97,10 @@ __all__ = [
     "TrainState",
     "Training",
     "Watch",
+    "accuracy",
+    "accuracy_of",
     "apart",
+    "begin_state",
     "bring",
     "check_batch",
     "check_finite",

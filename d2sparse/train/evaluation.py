@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2sparse import metrics
+from d2sparse.train.program import Program
+from d2sparse.train.state import Data, TrainState
 
 
 def evaluate(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -29,3 +31,14 @@ def evaluate(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         name: float(f(jnp.asarray(probabilities), jnp.asarray(labels)))
         for name, f in measures.items()
     }
+
+
+def accuracy(probabilities: np.ndarray, examples: Data) -> float:
+    """Fraction of examples whose label has the largest probability."""
+    return float(metrics.accuracy(jnp.asarray(probabilities), examples.labels))
+
+
+def accuracy_of(program: Program, state: TrainState, examples: Data) -> float:
+    """Accuracy of the prediction that counts, the first of a program."""
+    headline, *_ = program.predict(state, examples).values()
+    return accuracy(headline, examples)

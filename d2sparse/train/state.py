@@ -149,14 +149,34 @@ def init_state(
     init_key, run_key = jax.random.split(as_key(key))
     params, model_state = model.init(init_key, inputs(take(data, jnp.arange(1))))
     opt_state = tx.init(params)
+    masked = zero_pruned(params, opt_state)
+    state = begin_state(masked, model_state, opt_state, run_key, settings)
+    return state._replace(faults=state.faults._replace(skip=jnp.asarray(skip_faults)))
+
+
+def begin_state(
+    params: PyTree,
+    model_state: PyTree,
+    opt_state: PyTree,
+    key: jax.Array,
+    settings: Mapping[str, float] | None = None,
+) -> TrainState:
+    """The state at step 0 of the parts of a training, which stops at a fault.
+
+    Args:
+      params: trained parameters, masked.
+      model_state: what a forward pass changes.
+      opt_state: the optimiser's state.
+      key: random key of the run.
+      settings: numbers that tell this run from others of the same program.
+    """
+    none = jnp.zeros((), jnp.int32)
     return TrainState(
-        jnp.zeros((), jnp.int32),
-        zero_pruned(params, opt_state),
+        jnp.copy(none),
+        params,
         model_state,
         opt_state,
-        run_key,
-        Faults(
-            jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.asarray(skip_faults)
-        ),
+        key,
+        Faults(jnp.copy(none), none, jnp.asarray(False)),
         {k: jnp.asarray(v, jnp.float32) for k, v in (settings or {}).items()},
     )
