@@ -174,7 +174,7 @@ def test_named_data_sets_agree_with_the_decoder_of_tfds(name, tmp_path):
     assert source.train.images.shape == (300, *shape)
     assert source.test.images.shape == (200, *shape)
     for split in ("train", "test"):
-        images, labels = getattr(source, split)
+        images, labels, _ = getattr(source, split)
         reference = tfds.data_source(name, split=split, data_dir=PREPARED)
         for i in range(0, len(labels), 10):
             np.testing.assert_array_equal(images[i], reference[i]["image"])
