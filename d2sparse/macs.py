@@ -5,13 +5,14 @@ Masks are simulated on dense kernels, so no number here is a claim about speed.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from d2sparse import tree
+from d2sparse.jaxprs import bodies, contains
 from d2sparse.masks import count
 from d2sparse.tree import PyTree
 
@@ -192,23 +193,23 @@ def _walk(
 def _equation(
     eqn: Any, owners: list[str], rank: Mapping[str, float]
 ) -> tuple[list[str], Counter[str]]:
-    name, bodies = eqn.primitive.name, list(_bodies(eqn))
+    name, inside = eqn.primitive.name, list(bodies(eqn))
     if name == "scan":
-        return _scan(eqn, bodies[0], owners, rank)
+        return _scan(eqn, inside[0], owners, rank)
     if name == "optimization_barrier":
         return owners, Counter()
     # The program inside a shard_map knows only the shapes of one shard.
-    is_call = len(bodies) == 1 and name != "shard_map"
-    if is_call and len(bodies[0].invars) == len(owners):
-        return _walk(bodies[0], owners, rank)
+    is_call = len(inside) == 1 and name != "shard_map"
+    if is_call and len(inside[0].invars) == len(owners):
+        return _walk(inside[0], owners, rank)
     if name == "cond":
-        found = [_walk(body, owners[1:], rank) for body in bodies]
+        found = [_walk(body, owners[1:], rank) for body in inside]
         _check_countable(name, any(macs != found[0][1] for _, macs in found))
         together = zip(*(outputs for outputs, _ in found), strict=True)
         return [max(own, key=rank.__getitem__) for own in together], found[0][1]
     macs: Counter[str] = Counter()
     if _DATA in owners and (set(owners) - {_DATA, _CONSTANT}):
-        _check_countable(name, any(map(_has_product, bodies)))
+        _check_countable(name, any(contains(body, _PRODUCTS) for body in inside))
     if name in _PRODUCTS:
         leaves = set(owners[:2]) - {_DATA, _CONSTANT}
         if _DATA in owners[:2] and leaves:
@@ -249,21 +250,6 @@ def _scan(
 def _sliced(outside: Sequence[Any], inside: Sequence[Any]) -> int:
     pairs = zip(outside, inside, strict=True)
     return sum(len(_shape(outer)) > len(_shape(inner)) for outer, inner in pairs)
-
-
-def _bodies(eqn: Any) -> Iterator[Any]:
-    """Programs among the parameters of an equation, such as the body of a loop."""
-    for value in eqn.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(item, "eqns"):
-                yield getattr(item, "jaxpr", item)
-
-
-def _has_product(jaxpr: Any) -> bool:
-    return any(
-        eqn.primitive.name in _PRODUCTS or any(map(_has_product, _bodies(eqn)))
-        for eqn in jaxpr.eqns
-    )
 
 
 def _product_macs(eqn: Any) -> int:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "checks": -1,  # Below all others.
     "disk": 0,
+    "jaxprs": 0,
     "meshes": 0,
     "schema": 0,
     "tree": 0,

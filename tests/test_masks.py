@@ -9,14 +9,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from d2sparse import masks
-from d2sparse.masks import layout, top_k
+from d2sparse.masks import layout, search, selection, top_k
 
-WIDE = 1 << 18  # From this size on the digits of the radix search are wider.
 TREES = {
     "kernel": [(3, 3, 4, 5)],
     "leaves": [(7, 5), (11,), (), (2, 3, 4)],
-    "wide": [(WIDE,)],
-    "wide_leaves": [(300, 400), (7,), (2, 71068)],
+    "large": [(300, 40), (7,), (2, 7106)],
 }
 SPECIAL = [np.nan, np.inf, -np.inf, -0.0, 0.0, 1.0, -1.0, 1e-40, -1e-40, 3e38, -3e38]
 SELECT = jax.jit(top_k)
@@ -49,25 +47,40 @@ def draw(rng, kind, shape):
     return np.full(shape, 0.5, np.float32)
 
 
+@pytest.fixture(scope="module", params=["joined", "apart"])
+def select(request):
+    """`top_k`, compiled as on one device and as on several."""
+
+    def traced(leaves, k):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(search, "may_be_joined", lambda: request.param == "joined")
+            # Not the compiled function, which may have been traced the other way.
+            patch.setattr(selection, "largest", search.largest.__wrapped__)
+            return top_k(leaves, k)
+
+    return jax.jit(traced)
+
+
 @pytest.mark.parametrize("kind", ["distinct", "ties", "special", "constant"])
-@pytest.mark.parametrize("name", [name for name in TREES if "wide" not in name])
-def test_top_k_equals_a_sort(name, kind):
+@pytest.mark.parametrize("name", TREES)
+def test_top_k_equals_a_sort(select, name, kind):
     rng = np.random.default_rng(0)
     for _ in range(8):
         leaves = [draw(rng, kind, shape) for shape in TREES[name]]
         n = sum(leaf.size for leaf in leaves)
         eligible = sum(int(np.sum(leaf > -np.inf)) for leaf in leaves)
         for k in {0, 1, eligible - 1, eligible, eligible + 1, n, n + 5, n // 3}:
-            assert_selects(leaves, k)
+            assert_selects(leaves, k, select)
 
 
-@pytest.mark.parametrize("kind", ["ties", "special"])
-@pytest.mark.parametrize("name", ["wide", "wide_leaves"])
-def test_top_k_equals_a_sort_where_digits_are_wider(name, kind):
-    rng = np.random.default_rng(1)
-    leaves = [draw(rng, kind, shape) for shape in TREES[name]]
-    for k in (0, 1, 2000, WIDE // 2, WIDE - 3):
-        assert_selects(leaves, k)
+def test_leaves_are_joined_where_none_can_be_sharded(monkeypatch):
+    leaves = [jnp.zeros((3, 5)), jnp.zeros(7)]
+    for devices, joined in ((1, True), (8, False)):
+        monkeypatch.setattr(jax, "device_count", lambda n=devices: n)
+        traced = jax.make_jaxpr(
+            lambda x: search.largest.__wrapped__(x, (0, 0), jnp.array([1]))
+        )
+        assert ("u32[2,512]" in str(traced(leaves))) == joined
 
 
 def test_top_k_orders_every_number_of_16_bits():
@@ -204,18 +217,6 @@ def test_ties_of_all_leaves_together_go_to_random_entries_by_a_key():
     assert {int(mask["a"].sum() + mask["b"].sum()) for mask in kept} == {20}
     # The deviation of the mean is sqrt(20 * 1/4 * 3/4 * 20/39 / 40) = 0.22.
     assert abs(np.mean([mask["a"].sum() for mask in kept]) - 5) < 1.1
-
-
-def test_leaves_are_read_in_pieces_on_a_single_cpu(monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    rng = np.random.default_rng(8)
-    leaves = [draw(rng, "ties", shape) for shape in [(2, 1 << 17), (300, 256), (5,)]]
-    pieces = jax.jit(lambda leaves, k: top_k(leaves, k))
-    assert "dynamic_slice" in str(jax.make_jaxpr(pieces)(leaves, 1))
-    for k in (1, 50_000, 200_000):
-        assert_selects(leaves, k, pieces)
-    for mask in (leaves[0] > 1.5, leaves[1] > 0, leaves[2] > 0):
-        assert masks.count_live(mask) == np.sum(mask)
 
 
 def test_dense_masks_are_true_on_every_leaf():

@@ -1,6 +1,5 @@
 """Mask algebra: apply, copy, count."""
 
-import math
 from typing import Any
 
 import jax
@@ -9,7 +8,6 @@ import numpy as np
 import optax
 
 from d2sparse import tree
-from d2sparse.masks.layout import may_be_cut
 from d2sparse.tree import Prunable, PyTree, is_kernel
 
 
@@ -154,15 +152,7 @@ def count_live(mask: jax.Array) -> jax.Array:
     >>> int(count_live(jnp.eye(3, dtype=bool)))
     3
     """
-    pieces = math.gcd(mask.size, 1 << (mask.size >> 12).bit_length())
-    if not may_be_cut() or pieces == 1:
-        return jnp.sum(mask, dtype=jnp.int32)
-    rows = mask.reshape(pieces, -1)
-    # A plain sum writes the mask out as integers first.
-    sums = jax.lax.fori_loop(
-        0, len(rows), lambda i, acc: acc + rows[i], jnp.zeros_like(rows[0], jnp.int32)
-    )
-    return jnp.sum(sums, dtype=jnp.int32)
+    return jnp.sum(mask, dtype=jnp.int32)
 
 
 def density(masks: PyTree, prunable: Prunable = is_kernel) -> jax.Array:

@@ -1,60 +1,9 @@
-"""How the entries of a leaf are read: as integers, in order, in pieces on a CPU."""
+"""How the entries of a leaf are read: as integers, in order, and joined to others."""
 
-import dataclasses
-import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["of"]
-)
-@dataclasses.dataclass(frozen=True)
-class Lazy:
-    """Scores that are computed from other arrays, entry by entry, where they are read.
-
-    Written out whole, the scores of a large network are fresh memory, which on a CPU
-    costs more than to count them.
-
-    Attributes:
-      arrays: each of the shape of the scores.
-      of: `(*arrays) -> scores`, for whole arrays and for any part of them.
-
-    >>> scores = Lazy((jnp.array([-2.0, 1.0]),), jnp.abs)
-    >>> scores.shape, scores.value().tolist()
-    ((2,), [2.0, 1.0])
-    """
-
-    arrays: tuple[jax.Array, ...]
-    of: Callable[..., jax.Array]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the scores."""
-        return self.arrays[0].shape
-
-    @property
-    def size(self) -> int:
-        """Number of scores."""
-        return self.arrays[0].size
-
-    def value(self) -> jax.Array:
-        """The scores, written out."""
-        return self.of(*self.arrays)
-
-    def flat(self, size: int) -> "Lazy":
-        """The scores in a row, with arrays of at least a size, filled up by zeros."""
-        missing = max(size - self.size, 0)
-        rows = (x.reshape(-1) for x in self.arrays)
-        return Lazy(tuple(jnp.pad(x, (0, missing)) for x in rows), self.of)
-
-    def part(self, begin: jax.Array, size: int) -> jax.Array:
-        """The scores `[begin, begin + size)` of those in a row."""
-        parts = (jax.lax.dynamic_slice(x, (begin,), (size,)) for x in self.arrays)
-        return self.of(*parts)
 
 
 def ordered_bits(scores: jax.Array) -> jax.Array:
@@ -112,14 +61,13 @@ def linear_index(shape: tuple[int, ...]) -> jax.Array:
     return index
 
 
-def may_be_cut() -> bool:
-    """Whether leaves may be joined and read in pieces that fit in a cache.
+def may_be_joined() -> bool:
+    """Whether leaves may be joined to one array and cut into rows of it.
 
-    What is read at once is written out first, as integers or indices. On a CPU fresh
-    memory costs more than the counting. With several devices a leaf may be sharded, and
-    cutting it would gather it.
+    With several devices a leaf may be sharded, and to join it with others would gather
+    it.
 
-    >>> may_be_cut() == (jax.default_backend() == "cpu" and jax.device_count() == 1)
+    >>> may_be_joined() == (jax.device_count() == 1)
     True
     """
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+    return jax.device_count() == 1

@@ -1,13 +1,14 @@
-"""The search for the k largest of many scores, digit by digit, without sorting.
+"""The search for the k largest of many scores, by counting instead of sorting.
 
-Scores are read as integers that sort alike. A histogram of their first digit tells in
-which bin the k-th largest lies; of the entries in that bin the next digit is counted,
-and so on. Entries that are equal to the last digit are ties, and the search continues
-with the digits of their rank.
+Scores are read as integers that sort alike. The search knows one threshold that k or
+more of them reach, and one that fewer do. A pass over the scores counts how many reach
+three thresholds in between, which leaves a quarter of the range, until exactly k reach
+one of them or nothing is left in between. Then those at the threshold are ties, and the
+same search goes on among them by their rank.
 """
 
-import collections
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,76 +17,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from d2sparse.masks.layout import (
-    Lazy,
     linear_index,
-    may_be_cut,
+    may_be_joined,
     ordered_bits,
     tie_order,
 )
 from d2sparse.meshes import common_zero, on_auto_axes
 
-# Digits, in bits. Wide ones read the scores twice instead of three times, which pays
-# where there are many more scores than bins to clear and sum.
-_WIDE, _NARROW = 16, 11
-# Scores counted at once where they are counted in pieces: their temporaries stay in the
-# second-level cache. Pieces of small leaves are smaller, since the last is filled up.
-_PIECES = tuple(1 << bits for bits in range(15, 6, -1))
+# Thresholds of a pass. The counts of a row share one integer, ten bits for each.
+_TRIED, _BITS, _ROW = 3, 10, 512
+_FULL = 2**32 - 1  # Above all keys.
+
+_Range = tuple[jax.Array, jax.Array, jax.Array]
 
 
-class _Block(NamedTuple):
-    """Leaves that are counted by one loop: one in one piece, or many in equal pieces.
+class _Rows(NamedTuple):
+    """Entries of one or many leaves, in rows of which each belongs to one leaf.
 
     Attributes:
-      leaves: their scores.
-      groups: the groups that they belong to. Those of a group compete.
-      size: entries of a piece.
-      leaf: int[pieces], which of the leaves a piece is of.
-      row: int[pieces], which of the groups it belongs to.
-      begin: int[pieces], its first entry in the leaf.
-      skip: int[pieces], how many of its first entries the piece before it has too.
-      end: int[pieces], how many entries the leaf has from there on, at most the size.
-      start: uint[pieces], the index of its first entry among all that compete.
-      unit: int[pieces], how much of the budget each of its entries takes.
+      values: uint32[rows, ...], what is compared.
+      groups: int[rows], the group of leaves that a row belongs to.
+      units: int[rows], how much of the budget each of its entries takes.
+      starts: uint32[rows], the index of its first entry among all of the group.
     """
 
-    leaves: list[Lazy]
+    values: jax.Array
     groups: np.ndarray
-    size: int
-    leaf: np.ndarray
-    row: np.ndarray
-    begin: np.ndarray
-    skip: np.ndarray
-    end: np.ndarray
-    start: np.ndarray
-    unit: np.ndarray
-
-
-class _Cut(NamedTuple):
-    """Where the kept entries of every group end, as far as the search has come.
-
-    Kept are keys above `key`, and among those equal to it ranks from `rank` on.
-
-    Attributes:
-      digit: int32[], how many digits are known: first those of the key, then those of
-        the rank, which breaks ties.
-      key: uint32[groups].
-      rank: uint32[groups].
-      wanted: int32[groups], how many entries to keep of those that share all known
-        digits with the cut.
-      found: int32[groups], how many of them there are. Both are counted in units.
-    """
-
-    digit: jax.Array
-    key: jax.Array
-    rank: jax.Array
-    wanted: jax.Array
-    found: jax.Array
+    units: np.ndarray
+    starts: np.ndarray
 
 
 # Outside of a compiled function the loop would be compiled at every call.
 @functools.partial(jax.jit, static_argnames=("groups", "units"))
 def largest(
-    scores: Sequence[jax.Array | Lazy],
+    scores: Sequence[jax.Array],
     groups: tuple[int, ...],
     k: jax.Array,
     salts: jax.Array | None = None,
@@ -96,9 +61,8 @@ def largest(
     An entry of a leaf counts as its unit, 1 if not given. The search finds the entry
     that holds the k-th unit: what is kept may exceed k by less than one entry.
 
-    All leaves are searched in one loop, which ends as soon as no group has entries left
-    to choose from; where leaves may be cut, one loop body serves them all, so that the
-    time to compile it hardly grows with their number.
+    All groups are searched in one loop, which ends as soon as none has entries left to
+    choose from.
 
     Args:
       scores: float[...] or bool[...], of which True is eligible and all ties.
@@ -117,265 +81,201 @@ def largest(
     """
     if not scores:
         return []
-    leaves = [_lazy(leaf) for leaf in scores]
-    units = units or (1,) * len(scores)
+    leaves, units = list(map(jnp.asarray, scores)), units or (1,) * len(scores)
+    _refuse_too_many(leaves, groups, units)
 
     def search(
-        leaves: list[Lazy], k: jax.Array, salts: jax.Array | None
+        leaves: list[jax.Array], k: jax.Array, salts: jax.Array | None
     ) -> list[jax.Array]:
-        return _search(leaves, groups, k, salts, units)
+        # Under `jax.shard_map` a loop carries what varies as all that it looks at.
+        k = k + common_zero((leaves, k, salts))
+        rows = _in_rows(leaves, groups, units)
+        key, rank = _cut(rows, k, salts)
+        masks = [
+            (x.values > _each(key, x))
+            | (x.values == _each(key, x)) & (_ranks(x, salts) >= _each(rank, x))
+            for x in rows
+        ]
+        return _as_leaves(masks, [leaf.shape for leaf in leaves])
 
     return on_auto_axes(search, leaves, leaves, k, salts)
 
 
-def _search(
-    leaves: list[Lazy],
-    groups: tuple[int, ...],
-    k: jax.Array,
-    salts: jax.Array | None,
-    units: tuple[int, ...],
-) -> list[jax.Array]:
-    shapes = [leaf.shape for leaf in leaves]
-    # Under `jax.shard_map` the loops carry what varies as all that they look at.
-    k = k + common_zero((leaves, k, salts))
-    sizes = np.array([leaf.size for leaf in leaves])
-    totals = np.bincount(groups, sizes * units)
-    if totals.max() >= 2**31:
+def _refuse_too_many(
+    leaves: Sequence[jax.Array], groups: Sequence[int], units: Sequence[int]
+) -> None:
+    sizes = [leaf.size * unit for leaf, unit in zip(leaves, units, strict=True)]
+    most = np.bincount(groups, sizes).max()
+    if most >= 2**31:
         raise ValueError(
             "expected fewer than 2**31 scores to compete for one budget, got "
-            f"{int(totals.max())}; share the budget between leaves with a distribution"
+            f"{int(most)}; share the budget between leaves with a distribution"
         )
-    starts = _starts(sizes, groups)
-    if may_be_cut():
-        leaves = [leaf.flat(0) for leaf in leaves]
-        blocks = [_cut_up(leaves, groups, starts, units)]
-    else:
-        each = zip(leaves, groups, starts, units, strict=True)
-        blocks = [_whole(*leaf) for leaf in each]
-    bits = _WIDE if sizes.sum() >= len(totals) << (_WIDE + 2) else _NARROW
-    cut = jax.lax.while_loop(
-        lambda cut: _is_open(cut, bits),
-        lambda cut: _next_digit(cut, blocks, salts, bits),
-        _begin(k, all(_is_bool(leaf) for leaf in leaves), bits),
-    )
-    kept = [
-        _above(leaf, start, cut, group, salts) & (k[group] > 0)
-        for leaf, start, group in zip(leaves, starts, groups, strict=True)
+
+
+def _in_rows(
+    leaves: Sequence[jax.Array], groups: Sequence[int], units: Sequence[int]
+) -> list[_Rows]:
+    """The keys of leaves: joined in short rows, or each leaf as a row of its own."""
+    keys, starts = [ordered_bits(leaf) for leaf in leaves], _starts(leaves, groups)
+    if not may_be_joined():
+        each = zip(keys, groups, units, starts, strict=True)
+        return [_Rows(x[None], *map(np.atleast_1d, about)) for x, *about in each]
+    flat = [jnp.pad(x.reshape(-1), (0, -x.size % _ROW)) for x in keys]
+    heights = [x.size // _ROW for x in flat]
+    within = np.concatenate([_ROW * np.arange(height) for height in heights])
+    return [
+        _Rows(
+            jnp.concatenate(jax.lax.optimization_barrier(flat)).reshape(-1, _ROW),
+            np.repeat(groups, heights),
+            np.repeat(units, heights),
+            (np.repeat(starts, heights) + within).astype(np.uint32),
+        )
     ]
-    return [m.reshape(shape) for m, shape in zip(kept, shapes, strict=True)]
 
 
-def _starts(sizes: np.ndarray, groups: Sequence[int]) -> list[int]:
+def _starts(leaves: Sequence[jax.Array], groups: Sequence[int]) -> np.ndarray:
     """The index of every leaf's first entry among all that compete with it."""
-    starts, seen = [], collections.Counter[int]()
-    for size, group in zip(sizes.tolist(), groups, strict=True):
+    seen, starts = np.zeros(max(groups) + 1, np.int64), []
+    for leaf, group in zip(leaves, groups, strict=True):
         starts.append(seen[group])
-        seen[group] += size
-    return starts
+        seen[group] += leaf.size
+    return np.array(starts, np.uint32)
 
 
-def _lazy(scores: jax.Array | Lazy) -> Lazy:
-    return scores if isinstance(scores, Lazy) else Lazy((scores,), jnp.asarray)
+def _as_leaves(
+    rows: Sequence[jax.Array], shapes: Sequence[tuple[int, ...]]
+) -> list[jax.Array]:
+    """What belongs to each leaf, in its shape: the reverse of `_in_rows`."""
+    if not may_be_joined():
+        return [x[0] for x in rows]
+    flat, begin, leaves = rows[0].reshape(-1), 0, []
+    for shape in shapes:
+        size = math.prod(shape)
+        leaves.append(flat[begin : begin + size].reshape(shape))
+        begin += size + -size % _ROW
+    return leaves
 
 
-def _is_bool(scores: Lazy) -> bool:
-    return bool(jax.eval_shape(scores.value).dtype == bool)
+def _ranks(rows: _Rows, salts: jax.Array | None) -> jax.Array:
+    """What ties are broken by, uint32[rows, ...]."""
+    index = linear_index(rows.values.shape[1:])[None] + _over(rows, rows.starts)
+    return tie_order(index, None if salts is None else _each(salts, rows))
 
 
-def _whole(leaf: Lazy, group: int, start: int, unit: int) -> _Block:
-    """A block of one leaf, which is read at once and stays where it is."""
-    one = np.zeros(1, np.int32)
-    return _Block(
-        leaves=[leaf],
-        groups=np.array([group]),
-        size=leaf.size,
-        leaf=one,
-        row=one,
-        begin=one,
-        skip=one,
-        end=one,
-        start=np.array([start], np.uint32),
-        unit=np.array([unit], np.int32),
-    )
+def _each(of_groups: jax.Array, rows: _Rows) -> jax.Array:
+    """What is known of every group, at its rows: [rows, 1, ...]."""
+    return _over(rows, of_groups[rows.groups])
 
 
-def _cut_up(
-    scores: Sequence[Lazy],
-    groups: Sequence[int],
-    starts: Sequence[int],
-    units: Sequence[int],
-) -> _Block:
-    """One block of all leaves; the last pieces of a leaf may have entries in common."""
-    sizes = np.array([leaf.size for leaf in scores])
-    piece = min(_piece(sizes), max(int(sizes.max()), 1))
-    pieces = np.maximum(-(-sizes // piece), 1)
-    leaf = np.repeat(np.arange(len(scores)), pieces)
-    number = np.arange(len(leaf)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    begin = np.minimum(piece * number, np.maximum(sizes - piece, 0)[leaf])
-    return _Block(
-        leaves=[score.flat(piece) for score in scores],
-        groups=np.arange(max(groups) + 1),
-        size=piece,
-        leaf=leaf.astype(np.int32),
-        row=np.array(groups, np.int32)[leaf],
-        begin=begin.astype(np.int32),
-        skip=(piece * number - begin).astype(np.int32),
-        end=np.minimum(sizes, piece)[leaf].astype(np.int32),
-        start=(np.array(starts)[leaf] + begin).astype(np.uint32),
-        unit=np.array(units, np.int32)[leaf],
-    )
+def _over(rows: _Rows, values: jax.Array | np.ndarray) -> jax.Array:
+    return jnp.expand_dims(values, tuple(range(1, rows.values.ndim)))
 
 
-def _piece(sizes: np.ndarray) -> int:
-    """The largest piece with which filling up the leaves costs little."""
-    for piece in _PIECES:
-        filling = int((-sizes % piece).sum())
-        if 8 * filling <= sizes.sum():
-            return piece
-    return _PIECES[-1]
+def _cut(
+    rows: Sequence[_Rows], k: jax.Array, salts: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Key and rank of the last entry that is kept, uint32[groups] each.
+
+    The key is above all of them where none is wanted. The rank is 0 where all that
+    share the key are kept.
+    """
+    zero, full = jnp.zeros_like(k, jnp.uint32), jnp.full_like(k, _FULL, jnp.uint32)
+    least = jnp.where(k > 0, zero + 1, full)
+    most = jnp.where(k > 0, _highest(rows, len(k)), full)
+    key, reached = _kth(rows, k, least, most, _reaching(rows, least))
+
+    def among_ties() -> jax.Array:
+        above = _reaching(rows, key + 1)
+        tied = [
+            x._replace(values=jnp.where(x.values == _each(key, x), _ranks(x, salts), 0))
+            for x in rows
+        ]
+        return _kth(tied, k - above, zero, full, reached - above)[0]
+
+    return key, jax.lax.cond(jnp.any(reached > k), among_ties, lambda: zero)
 
 
-def _begin(k: jax.Array, only_ties: bool, bits: int) -> _Cut:
-    zero, full = jnp.zeros_like(k, jnp.uint32), jnp.full_like(k, 2**31 - 1)
-    if only_ties:
-        return _Cut(jnp.int32(_digits(bits)), zero + 1, zero, k, full)
-    return _Cut(jnp.int32(0), zero, zero, k, full)
+def _kth(
+    rows: Sequence[_Rows],
+    k: jax.Array,
+    least: jax.Array,
+    most: jax.Array,
+    reached: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The highest threshold of every group that k of its units or more reach.
 
+    It may be a lower one where exactly k reach it.
 
-def _above(
-    scores: Lazy, start: int, cut: _Cut, group: int, salts: jax.Array | None
-) -> jax.Array:
-    keys, key = ordered_bits(scores.value()), cut.key[group]
-    index = linear_index(scores.shape) + jnp.uint32(start)
-    rank = tie_order(index, None if salts is None else salts[group])
-    return ((keys > key) | (keys == key) & (rank >= cut.rank[group])) & (keys > 0)
-
-
-def _is_open(cut: _Cut, bits: int) -> jax.Array:
-    return jnp.any(_undecided(cut)) & (cut.digit < 2 * _digits(bits))
-
-
-def _undecided(cut: _Cut) -> jax.Array:
-    return (cut.found > cut.wanted) & (cut.wanted > 0)
-
-
-def _digits(bits: int) -> int:
-    return -(-32 // bits)
-
-
-def _next_digit(
-    cut: _Cut, blocks: Sequence[_Block], salts: jax.Array | None, bits: int
-) -> _Cut:
-    """Finds the next digit of the cut of every group, from the histograms of it."""
-    found = [_histograms(block, cut, salts, bits) for block in blocks]
-    if len(blocks) == 1:
-        (counts,) = found
-    else:
-        counts = jnp.zeros((len(cut.wanted), 1 << bits), jnp.int32)
-        for block, part in zip(blocks, found, strict=True):
-            counts = counts.at[block.groups].add(part)
-    digit, wanted, shared = _digit_of_kth(counts, cut.wanted)
-    by_key, shift = _position(cut, bits)
-    digit = digit.astype(jnp.uint32) << shift
-    return _Cut(
-        cut.digit + 1,
-        jnp.where(by_key, cut.key | digit, cut.key),
-        jnp.where(by_key, cut.rank, cut.rank | digit),
-        wanted,
-        shared,
-    )
-
-
-def _position(cut: _Cut, bits: int) -> tuple[jax.Array, jax.Array]:
-    """Whether the next digit is one of the key, and how many bits are below it."""
-    place = _digits(bits) - 1 - cut.digit % _digits(bits)
-    return cut.digit < _digits(bits), (bits * place).astype(jnp.uint32)
-
-
-def _histograms(
-    block: _Block, cut: _Cut, salts: jax.Array | None, bits: int
-) -> jax.Array:
-    """How often each next digit occurs among entries that share the known ones.
+    Args:
+      rows: what is searched.
+      k: int32[groups].
+      least: uint32[groups], which k or more reach.
+      most: uint32[groups], above which fewer do.
+      reached: int32[groups], how many reach the least; if no more than k, the search
+        of the group has ended.
 
     Returns:
-      int32[groups of the block, digits].
+      `(threshold, reached)` of every group.
     """
-    by_key, shift = _position(cut, bits)
-    bins, groups = 1 << bits, jnp.asarray(block.groups)
-    total = len(groups) * bins
-    row, start, unit = map(jnp.asarray, (block.row, block.start, block.unit))
 
-    zero = jnp.zeros_like(cut.key, shape=())  # Varies as all that is looked at.
+    def is_open(state: _Range) -> jax.Array:
+        least, most, reached = state
+        return jnp.any((reached > k) & (least < most))
 
-    def count_piece(i: int | jax.Array, counts: jax.Array) -> jax.Array:
-        group = groups[row[i]]
-        salt = None if salts is None else salts[group]
-        keys = _keys(block, i) + zero
-        index = linear_index(keys.shape) + (start[i] + zero)
-        value = jax.lax.cond(by_key, lambda: keys, lambda: tie_order(index, salt))
-        known = jnp.where(by_key, cut.key[group], cut.rank[group]) >> shift >> bits
-        # What cannot be kept is not counted: it often is most of a leaf, and a bin that
-        # every other entry hits is slow.
-        counted = jnp.where(by_key, keys > 0, keys == cut.key[group])
-        counted &= value >> shift >> bits == known
-        digit = ((value >> shift) & jnp.uint32(bins - 1)).astype(jnp.int32)
-        place = jnp.where(counted, row[i] * bins + digit, total)
-        return counts.at[place].add(unit[i], mode="drop")
+    def narrowed(state: _Range) -> _Range:
+        least, most, reached = state
+        width = most - least
+        step = width // (_TRIED + 1) + 1
+        tried = [least + jnp.minimum(step * i, width) for i in range(1, _TRIED + 1)]
+        counts = _counts(rows, jnp.stack(tried, axis=1))
+        for i, threshold in enumerate(tried):
+            enough = (counts[:, i] >= k) & (reached > k)
+            least = jnp.where(enough, threshold, least)
+            reached = jnp.where(enough, counts[:, i], reached)
+            most = jnp.where(counts[:, i] < k, jnp.minimum(most, threshold - 1), most)
+        return least, most, reached
 
-    counts = jnp.zeros_like(cut.wanted, shape=total)
-    pieces = len(block.leaf)
-    if pieces == 1:
-        return count_piece(0, counts).reshape(1, bins)
-    # Groups that are decided are not read again: ties are left in few of them.
-    is_open = _undecided(cut)[groups][row]
-    (order,) = jnp.nonzero(is_open, size=pieces)
-    counts = jax.lax.fori_loop(
-        0,
-        jnp.sum(is_open, dtype=jnp.int32),
-        lambda i, counts: count_piece(order[i], counts),
-        counts,
-    )
-    return counts.reshape(-1, bins)
+    least, _, reached = jax.lax.while_loop(is_open, narrowed, (least, most, reached))
+    return least, reached
 
 
-def _keys(block: _Block, i: int | jax.Array) -> jax.Array:
-    """The keys of a piece, 0 where the leaf has ended or the piece before has them."""
-    if len(block.leaf) == 1:
-        return ordered_bits(block.leaves[0].value())
-    leaf, begin, skip, end = (
-        jnp.asarray(x)[i] for x in (block.leaf, block.begin, block.skip, block.end)
+def _highest(rows: Sequence[_Rows], number: int) -> jax.Array:
+    """The highest value of every group, uint32[groups]."""
+    inner = [jnp.max(x.values, tuple(range(1, x.values.ndim)), initial=0) for x in rows]
+    return jax.ops.segment_max(
+        jnp.concatenate(inner), np.concatenate([x.groups for x in rows]), number
     )
 
-    def read(scores: Lazy) -> jax.Array:
-        return ordered_bits(scores.part(begin, block.size))
 
-    keys = jax.lax.switch(leaf, [functools.partial(read, x) for x in block.leaves])
-    place = jnp.arange(block.size)
-    return jnp.where((place >= skip) & (place < end), keys, jnp.uint32(0))
+def _reaching(rows: Sequence[_Rows], thresholds: jax.Array) -> jax.Array:
+    """How many units of every group reach its threshold, int32[groups]."""
+    return _counts(rows, thresholds[:, None])[:, 0]
 
 
-def _digit_of_kth(
-    counts: jax.Array, k: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The digit of the k-th largest, its rank among those with it, their number.
+def _counts(rows: Sequence[_Rows], thresholds: jax.Array) -> jax.Array:
+    """How many units of every group reach each of its thresholds.
 
-    The search goes by blocks of bins: a running sum over all of 2**16 bins would cost
-    more than the histogram of a small leaf.
+    Args:
+      rows: what is counted.
+      thresholds: uint32[groups, n].
+
+    Returns:
+      int32[groups, n].
     """
-    groups, bins = counts.shape
-    blocks = counts.reshape(groups, -1, 1 << (bins.bit_length() // 2))
-    block, k, _ = _bin_of_kth(jnp.sum(blocks, axis=2, dtype=jnp.int32), k)
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    digit, k, found = _bin_of_kth(inside, k)
-    return block * inside.shape[1] + digit, k, found
+    inner = [_counts_of_rows(x, thresholds[x.groups]) for x in rows]
+    groups = np.concatenate([x.groups for x in rows])
+    return jax.ops.segment_sum(jnp.concatenate(inner), groups, len(thresholds))
 
 
-def _bin_of_kth(
-    counts: jax.Array, k: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    at_least = jnp.cumsum(counts[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
-    reach = jnp.sum(at_least >= k[:, None], axis=1, dtype=jnp.int32)
-    chosen = jnp.maximum(reach - 1, 0)[:, None]
-    found = jnp.take_along_axis(counts, chosen, axis=1)[:, 0]
-    above = jnp.take_along_axis(at_least, chosen, axis=1)[:, 0] - found
-    return chosen[:, 0], k - above, found
+def _counts_of_rows(rows: _Rows, thresholds: jax.Array) -> jax.Array:
+    """int32[rows, n], from uint32[rows, n]."""
+    number, axes = thresholds.shape[1], tuple(range(1, rows.values.ndim))
+    reached = [rows.values >= _over(rows, thresholds[:, i]) for i in range(number)]
+    if math.prod(rows.values.shape[1:]) < 1 << _BITS:
+        shared = [jnp.where(x, 1 << _BITS * i, 0) for i, x in enumerate(reached)]
+        sums = jnp.sum(sum(shared), axes, jnp.int32)
+        counts = [sums >> _BITS * i & (1 << _BITS) - 1 for i in range(number)]
+    else:
+        counts = [jnp.sum(x, axes, jnp.int32) for x in reached]
+    return jnp.stack(counts, axis=1) * jnp.asarray(rows.units, jnp.int32)[:, None]

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from d2sparse.checks import check_by_path, check_count
-from d2sparse.masks.layout import Lazy
 from d2sparse.masks.search import largest
 from d2sparse.tree import Count, Counts, PyTree
 
@@ -24,10 +23,10 @@ def top_k(scores: PyTree, k: Count) -> PyTree:
     order of the leaves. An entry whose score is NaN or `-inf` is not eligible: it is
     never kept. Scores are compared as float32.
 
-    Nothing is sorted: the k-th largest score is found digit by digit in the integer
-    view of the floats, by histograms. Those of several leaves, or of the shards of one,
-    are added. So `k` may be traced, the function may be vmapped over it, and sharded
-    leaves stay where they are (on a mesh whose axes are of type `AxisType.Auto`).
+    Nothing is sorted: a threshold is searched in the integer view of the floats, by
+    counting how many reach it. Counts of several leaves, or of the shards of one, are
+    added. So `k` may be traced, the function may be vmapped over it, and sharded leaves
+    stay where they are (on a mesh whose axes are of type `AxisType.Auto`).
 
     Args:
       scores: tree of float[...]; a single array is a tree too.
@@ -70,7 +69,7 @@ def check_counts(scores: Mapping[str, Any], counts: Counts) -> None:
 
 
 def select(
-    scores: Mapping[str, jax.Array | Lazy],
+    scores: Mapping[str, jax.Array],
     counts: Counts,
     key: jax.Array | None = None,
     sizes: Mapping[str, int] | None = None,
@@ -79,7 +78,7 @@ def select(
 
     Args:
       scores: float[...] by path; or bool[...], of which True is eligible and all of
-        them tie; or `layout.Lazy`, which are never written out.
+        them tie.
       counts: numbers of weights to keep by path, as a distribution returns them; or one
         number, for which all leaves compete.
       key: random key of the order in which ties are broken; if not given, they go to

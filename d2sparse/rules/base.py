@@ -12,8 +12,7 @@ import optax
 from d2sparse import tree
 from d2sparse.checks import check_function
 from d2sparse.distributions import Distribution, uniform
-from d2sparse.masks import Pattern, Selection, refuse_other_paths, select
-from d2sparse.masks.layout import Lazy
+from d2sparse.masks import Pattern, Selection, refuse_other_paths
 from d2sparse.schedules import Step
 from d2sparse.scores import GRADIENT_SCORES, LOCAL, Score
 from d2sparse.tree import Counts, PyTree
@@ -114,6 +113,7 @@ def check_choices(
     Raises:
       ValueError: naming the argument and what could stand there.
 
+    >>> from d2sparse.masks import select
     >>> check_choices(uniform, select)
     """
     if distribution is not None:
@@ -144,6 +144,7 @@ def suited(
 def plainly(selection: Selection) -> Selection:
     """A selection that rounds counts, down to none as well, and refuses none.
 
+    >>> from d2sparse.masks import select
     >>> plainly(select) is select
     True
     """
@@ -161,6 +162,7 @@ def chosen(
     Raises:
       ValueError: the selection, which may be one of your own, returns something else.
 
+    >>> from d2sparse.masks import select
     >>> chosen(select, {"w": jnp.array([1.0, 2.0])}, {"w": 1}, None)
     {'w': Array([False,  True], dtype=bool)}
     """
@@ -223,13 +225,11 @@ def largest_scores(
     >>> masks["w"].tolist(), bool(nan["w"])
     ([True, False], False)
     """
-    ranks = _rank(score, eligible, params, grads, key)
-    nan = {path: _has_nan(lazy) for path, lazy in ranks.items()}
+    values = _values(score, eligible, params, grads, key)
+    nan = {path: _has_nan(eligible[path], values[path]) for path in eligible}
     _refuse_nan(nan)
-    if selection is select:
-        return select(ranks, counts, tie_key), nan
-    values = {path: lazy.value() for path, lazy in ranks.items()}
-    return chosen(selection, values, counts, tie_key), nan
+    ranks = {path: _among(eligible[path], values[path]) for path in eligible}
+    return chosen(selection, ranks, counts, tie_key), nan
 
 
 def is_local(score: Score) -> bool:
@@ -242,29 +242,25 @@ def is_local(score: Score) -> bool:
     return any(score is other for other in LOCAL)
 
 
-def _rank(
+def _values(
     score: Score,
     eligible: Mapping[str, jax.Array],
     params: PyTree,
     grads: PyTree,
     key: jax.Array | None,
-) -> dict[str, Lazy]:
-    """The scores of eligible entries, of which NaN is the lowest; `-inf` elsewhere."""
+) -> dict[str, jax.Array]:
+    """The scores of all entries, by path."""
     if grads is None and any(score is other for other in GRADIENT_SCORES):
         raise ValueError(
             f"the score {score.__name__!r} needs gradients, got None; pass them to the "
             "rule, or refresh under `sparsify`, which has them"
         )
     if is_local(score):
-        weights = tree.pick(params, eligible, "parameters")
-        slopes = weights
+        params = tree.pick(params, eligible, "parameters")
         if grads is not None:
-            slopes = _shaped_as(eligible, grads, "gradients")
-        of = _Among(score)
-        return {p: Lazy((m, weights[p], slopes[p]), of) for p, m in eligible.items()}
+            grads = _shaped_as(eligible, grads, "gradients")
     values = score(params, grads, cast(jax.Array, key))
-    values = _shaped_as(eligible, values, "scores")
-    return {p: Lazy((m, values[p]), _Among(None)) for p, m in eligible.items()}
+    return _shaped_as(eligible, values, "scores")
 
 
 def _shaped_as(
@@ -301,36 +297,19 @@ def _check_masks(masks: PyTree, params: PyTree) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Among:
-    """`(eligible, score)`, or what a score is computed from, to scores that compare.
-
-    A value, not a closure: compiled functions are found again by it.
-
-    Attributes:
-      local: the score, of a weight and its gradient; None where it is given.
-    """
-
-    local: Callable[..., jax.Array] | None
-
-    def values(self, *parts: jax.Array) -> jax.Array:
-        return parts[0] if self.local is None else self.local(*parts, None)
-
-    def __call__(self, eligible: jax.Array, *parts: jax.Array) -> jax.Array:
-        score = self.values(*parts)
-        if score.dtype == bool:
-            return eligible & score
-        score = jnp.fmax(score.astype(jnp.float32), _LOWEST)
-        return jnp.where(eligible, score, -jnp.inf)
+def _among(eligible: jax.Array, score: jax.Array) -> jax.Array:
+    """Scores that compare: NaN is the lowest, and `-inf` what is not eligible."""
+    if score.dtype == bool:
+        return eligible & score
+    score = jnp.fmax(score.astype(jnp.float32), _LOWEST)
+    return jnp.where(eligible, score, -jnp.inf)
 
 
-def _has_nan(scores: Lazy) -> jax.Array:
+def _has_nan(eligible: jax.Array, score: jax.Array) -> jax.Array:
     """bool[], of eligible scores. A maximum: `any` writes its bools out on a CPU."""
-    eligible, *parts = scores.arrays
-    values = cast(_Among, scores.of).values(*parts)
-    if not scores.size or not jnp.issubdtype(values.dtype, jnp.inexact):
+    if not score.size or not jnp.issubdtype(score.dtype, jnp.inexact):
         return jnp.zeros((), bool)
-    return jnp.isnan(jnp.max(jnp.where(eligible, values, -jnp.inf)))
+    return jnp.isnan(jnp.max(jnp.where(eligible, score, -jnp.inf)))
 
 
 def _refuse_nan(nan: Nan) -> None:

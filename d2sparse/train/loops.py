@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from d2sparse.jaxprs import contains
 from d2sparse.train.devices import (
     LayOnce,
     Placement,
@@ -27,6 +29,8 @@ Logs = dict[str, list[Any]]
 Report = Callable[[int, TrainState, dict[str, Any]], None]
 Save = Callable[[TrainState, Logs], None]
 Indices = Callable[[TrainState, int], jax.Array]
+
+_STEPS = 32  # Of a call on CPU.
 
 
 def _never() -> bool:
@@ -49,8 +53,8 @@ class Runner(Protocol):
           state: where to start; it is used up.
           data: training data, stacked where the state is.
           indices: int32[steps, (runs,) batch].
-          interrupted: asked between two steps of a loop whether to stop. A scan, which
-            is a single call, always goes to its end.
+          interrupted: asked between two calls on CPU whether to stop. A scan, which is
+            a single call, always goes to its end.
 
         Returns:
           The state after the steps, and metrics float[steps taken, (runs)].
@@ -60,9 +64,9 @@ class Runner(Protocol):
 def make_runner(step: Step, mesh: Mesh | None = None) -> Runner:
     """Strings steps together, each guarded against updates that are not finite.
 
-    On accelerators the steps are one `lax.scan`. On CPU they are a loop over the
-    compiled step, since XLA runs convolutions in a loop body without its threads. Both
-    give the same numbers. The state is donated: the one passed in is used up.
+    On accelerators the steps are one `lax.scan`. On CPU they are calls of up to 32
+    steps, or of one where the network has convolutions, which XLA runs without its
+    threads in the body of a loop. The state is donated: the one passed in is used up.
 
     Args:
       step: `(state, data, indices) -> (state, metrics)` of one run; it is vmapped for
@@ -71,9 +75,8 @@ def make_runner(step: Step, mesh: Mesh | None = None) -> Runner:
     """
     guarded = guard(step)
     many = jax.vmap(guarded, in_axes=(RUNS, 0, 0), out_axes=(RUNS, 0))
-    string = _loop if jax.default_backend() == "cpu" else _scan
-    one_run = _on_mesh(guarded, mesh, False, string)
-    many_runs = _on_mesh(many, mesh, True, string)
+    one_run = _on_mesh(guarded, mesh, False)
+    many_runs = _on_mesh(many, mesh, True)
 
     def run(
         state: TrainState,
@@ -103,7 +106,7 @@ class Stretch(NamedTuple):
         last report.
       save_every: steps between two calls of `save`.
       logs: metrics of the steps since the last report, where training is resumed.
-      interrupted: whether to stop; asked after each step on CPU, on accelerators after
+      interrupted: whether to stop; asked after each call on CPU, on accelerators after
         each stretch between reports and saves.
       indices: `(state, steps) -> int32[steps, (runs,) batch]`, which examples the next
         steps are trained on; if not given, all data in epochs.
@@ -203,12 +206,12 @@ def _means(logs: Logs, state: TrainState) -> dict[str, Any]:
     return means | ({"skipped": count} if count.any() else {})
 
 
-def _on_mesh(
-    step: Step, mesh: Mesh | None, stacked: bool, string: Callable[..., Runner]
-) -> Runner:
+def _on_mesh(step: Step, mesh: Mesh | None, stacked: bool) -> Runner:
     """The runner of a step whose arguments lie on the mesh."""
+    on_cpu = jax.default_backend() == "cpu"
     if mesh is None or mesh.size == 1:
-        return string(step)
+        return _calls(step) if on_cpu else _scan(step)
+    string = _loop if on_cpu else _scan
     batch_axis, lay_once = mesh.shape["data"], LayOnce()
 
     @functools.cache
@@ -236,6 +239,68 @@ def _on_mesh(
         )
 
     return placed
+
+
+def _calls(step: Step) -> Runner:
+    """Calls of many steps, or of one where there are convolutions."""
+    loop, together = _loop(step), _several(step)
+    chosen: list[Runner] = []
+
+    def run(
+        state: TrainState,
+        data: Data,
+        indices: jax.Array,
+        interrupted: Callable[[], bool] = _never,
+    ) -> tuple[TrainState, Metrics]:
+        if not chosen:
+            traced = jax.make_jaxpr(step)(state, data, indices[0])
+            convolves = contains(traced.jaxpr, ("conv_general_dilated",))
+            chosen.append(loop if convolves else together)
+        return chosen[0](state, data, indices, interrupted)
+
+    return run
+
+
+def _several(step: Step) -> Runner:
+    """Calls of up to 32 steps, all by one compiled program."""
+
+    def take(
+        state: TrainState, data: Data, rows: jax.Array, steps: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        shapes = jax.eval_shape(step, state, data, rows[0])[1]
+        none = jax.tree.map(lambda x: jnp.zeros((_STEPS, *x.shape), x.dtype), shapes)
+
+        def body(
+            i: jax.Array, carry: tuple[TrainState, Metrics]
+        ) -> tuple[TrainState, Metrics]:
+            state, log = step(carry[0], data, rows[i])
+            logs = jax.tree.map(lambda x, now: x.at[i].set(now), carry[1], log)
+            return state, logs
+
+        return jax.lax.fori_loop(0, steps, body, (state, none))
+
+    compiled = jax.jit(take, donate_argnums=0)
+
+    def run(
+        state: TrainState,
+        data: Data,
+        indices: jax.Array,
+        interrupted: Callable[[], bool] = _never,
+    ) -> tuple[TrainState, Metrics]:
+        logs: list[Metrics] = []
+        rows = np.asarray(indices)
+        for begin in range(0, len(rows), _STEPS):
+            if logs and interrupted():
+                break
+            call = rows[begin : begin + _STEPS]
+            steps, shape = len(call), (_STEPS, *call.shape[1:])
+            state, log = compiled(state, data, np.resize(call, shape), steps)
+            # One call ahead and no more: an interrupt waits for what is under way.
+            jax.block_until_ready(logs[-1:])
+            logs.append({name: values[:steps] for name, values in log.items()})
+        return state, jax.tree.map(lambda *values: np.concatenate(values), *logs)
+
+    return run
 
 
 def _loop(step: Step, **options: Any) -> Runner:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from d2sparse.jaxprs import bodies
 from d2sparse.train.loops import Runner
 from d2sparse.train.state import Data, TrainState
 
@@ -35,7 +36,7 @@ def _peak(jaxpr: Any) -> int:
     last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
     computed, alive, peak = set(), 0, 0
     for number, eqn in enumerate(jaxpr.eqns):
-        inside = max((_peak(inner) for inner in _inner(eqn)), default=0)
+        inside = max((_peak(inner) for inner in bodies(eqn)), default=0)
         peak = max(peak, alive + inside, alive + _bytes(eqn.outvars))
         made = [v for v in _variables(eqn.outvars) if last.get(v, -1) > number]
         computed.update(made)
@@ -44,16 +45,6 @@ def _peak(jaxpr: Any) -> int:
         alive -= _bytes(ended)
         peak = max(peak, alive)
     return peak
-
-
-def _inner(eqn: Any) -> list[Any]:
-    found = []
-    for value in eqn.params.values():
-        for item in value if isinstance(value, tuple | list) else [value]:
-            jaxpr = getattr(item, "jaxpr", item)
-            if hasattr(jaxpr, "eqns"):
-                found.append(jaxpr)
-    return found
 
 
 def _variables(items: Any) -> list[Any]:
