@@ -10,6 +10,8 @@ import optax
 from d2sparse import tree
 from d2sparse.tree import Prunable, PyTree, is_kernel
 
+_EXACT = 1 << 24  # Whole numbers up to here are float32s.
+
 
 def dense_masks(params: PyTree) -> PyTree:
     """The mask tree under which every weight is live.
@@ -152,7 +154,12 @@ def count_live(mask: jax.Array) -> jax.Array:
     >>> int(count_live(jnp.eye(3, dtype=bool)))
     3
     """
-    return jnp.sum(mask, dtype=jnp.int32)
+    rows = jnp.atleast_1d(mask)
+    if rows.shape[-1] > _EXACT:
+        return jnp.sum(rows, dtype=jnp.int32)
+    # XLA adds floats faster than integers, and these sums are whole numbers.
+    sums = jnp.sum(rows, axis=-1, dtype=jnp.float32)
+    return jnp.sum(sums.astype(jnp.int32), dtype=jnp.int32)
 
 
 def density(masks: PyTree, prunable: Prunable = is_kernel) -> jax.Array:

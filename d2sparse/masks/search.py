@@ -24,8 +24,8 @@ from d2sparse.masks.layout import (
 )
 from d2sparse.meshes import common_zero, on_auto_axes
 
-# Thresholds of a pass. The counts of a row share one integer, ten bits for each.
-_TRIED, _BITS, _ROW = 3, 10, 512
+# Thresholds of a pass. The counts of a row, up to 128 each, share one float32.
+_TRIED, _ROW, _BASE = 3, 128, 256
 _FULL = 2**32 - 1  # Above all keys.
 
 _Range = tuple[jax.Array, jax.Array, jax.Array]
@@ -121,12 +121,15 @@ def _in_rows(
     if not may_be_joined():
         each = zip(keys, groups, units, starts, strict=True)
         return [_Rows(x[None], *map(np.atleast_1d, about)) for x, *about in each]
-    flat = [jnp.pad(x.reshape(-1), (0, -x.size % _ROW)) for x in keys]
-    heights = [x.size // _ROW for x in flat]
+    heights = [-(-x.size // _ROW) for x in keys]
+    table = jnp.zeros(_ROW * sum(heights), jnp.uint32)
+    # Not `concatenate`, whose kernel asks of every entry which leaf it is of.
+    for key, top in zip(keys, np.cumsum([0, *heights]), strict=False):
+        table = jax.lax.dynamic_update_slice(table, key.reshape(-1), (_ROW * top,))
     within = np.concatenate([_ROW * np.arange(height) for height in heights])
     return [
         _Rows(
-            jnp.concatenate(jax.lax.optimization_barrier(flat)).reshape(-1, _ROW),
+            table.reshape(-1, _ROW),
             np.repeat(groups, heights),
             np.repeat(units, heights),
             (np.repeat(starts, heights) + within).astype(np.uint32),
@@ -269,13 +272,16 @@ def _counts(rows: Sequence[_Rows], thresholds: jax.Array) -> jax.Array:
 
 
 def _counts_of_rows(rows: _Rows, thresholds: jax.Array) -> jax.Array:
-    """int32[rows, n], from uint32[rows, n]."""
+    """int32[rows, n] of rising thresholds, uint32[rows, n]."""
     number, axes = thresholds.shape[1], tuple(range(1, rows.values.ndim))
     reached = [rows.values >= _over(rows, thresholds[:, i]) for i in range(number)]
-    if math.prod(rows.values.shape[1:]) < 1 << _BITS:
-        shared = [jnp.where(x, 1 << _BITS * i, 0) for i, x in enumerate(reached)]
-        sums = jnp.sum(sum(shared), axes, jnp.int32)
-        counts = [sums >> _BITS * i & (1 << _BITS) - 1 for i in range(number)]
+    if math.prod(rows.values.shape[1:]) <= _ROW:
+        # Digits of one float, which is exact: XLA adds those faster than integers.
+        weight = jnp.zeros((), jnp.float32)
+        for i in reversed(range(number)):
+            weight = jnp.where(reached[i], float(_BASE**i) + weight, 0.0)
+        sums = jnp.sum(weight, axes).astype(jnp.int32)
+        counts = [sums // _BASE**i % _BASE for i in range(number)]
     else:
         counts = [jnp.sum(x, axes, jnp.int32) for x in reached]
     return jnp.stack(counts, axis=1) * jnp.asarray(rows.units, jnp.int32)[:, None]
