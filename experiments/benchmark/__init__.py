@@ -1,10 +1,11 @@
 """What does sparsity cost?
 
 Times a refresh of the masks in passes over the weights and beside sorting them, the
-optimiser step with and without `sparsify`, whole training steps, compilation, and many
-small runs at once; compares the estimate of memory with what is used; and holds the
-figures against targets. All candidates of a table are timed in turns in one process.
-The whole takes about five minutes on two cores, where nothing has been compiled before.
+optimiser step with and without `sparsify`, `fit` beside a loop written by hand, whole
+training steps, compilation, and many small runs at once; compares the estimate of
+memory with what is used; and holds the figures against targets. All candidates of a
+table are timed in turns in one process. The whole takes about ten minutes on two cores,
+where nothing has been compiled before.
 
     python -m experiments.benchmark --out=docs/benchmark.md
     python -m experiments.benchmark --quick --sections=refresh,step
@@ -23,16 +24,18 @@ from typing import Literal
 from d2sparse import disk, distributions
 from experiments.benchmark.memory import memory_table
 from experiments.benchmark.refresh import refresh_table
+from experiments.benchmark.small import small_table
 from experiments.benchmark.steps import compile_table, step_table
 from experiments.benchmark.tables import Table, to_markdown
 from experiments.benchmark.targets import targets_table
 from experiments.benchmark.training import seeds_table, training_table
 from experiments.benchmark.workload import Sizes, machine, make_sizes, param_shapes
 
-Section = Literal["refresh", "step", "training", "compile", "seeds", "memory"]
+Section = Literal["refresh", "step", "small", "training", "compile", "seeds", "memory"]
 SECTIONS: Mapping[Section, Callable[[Sizes], Table]] = {
     "refresh": refresh_table,
     "step": step_table,
+    "small": small_table,
     "training": training_table,
     "compile": compile_table,
     "seeds": seeds_table,

@@ -22,7 +22,13 @@ from experiments.benchmark.measure import (
     time_in_turns,
 )
 from experiments.benchmark.tables import Table
-from experiments.benchmark.workload import Sizes, make_params, num_cores, random_masks
+from experiments.benchmark.workload import (
+    LENET,
+    Sizes,
+    make_params,
+    num_cores,
+    random_masks,
+)
 
 # The step that is refreshed, and the end of the schedules: AC/DC begins a compressed
 # phase there.
@@ -63,7 +69,9 @@ def refresh_table(sizes: Sizes) -> Table:
     rows: list[dict[str, Any]] = []
     for i, model in enumerate(sizes.models):
         every_rule = i == 0 and sizes.all_rules
-        rows += refresh_rows(model, tuple(RULES) if every_rule else LARGE, sizes)
+        names = tuple(RULES) if every_rule else LARGE
+        rows += refresh_rows(model, sizes.image, names, sizes)
+    rows += refresh_rows(*LENET, LARGE, sizes)
     scanned = (
         f" A program makes {sizes.repeats} refreshes, and its time is divided by that; "
         "numpy and torch work on the host."
@@ -82,10 +90,10 @@ def refresh_table(sizes: Sizes) -> Table:
 
 
 def refresh_rows(
-    model: str, names: tuple[str, ...], sizes: Sizes
+    model: str, image: tuple[int, int, int], names: tuple[str, ...], sizes: Sizes
 ) -> Iterator[dict[str, Any]]:
     """The rows of one model: a refresh by the named rules, and its alternatives."""
-    params = make_params(model, sizes.image)
+    params = make_params(model, image)
     weights = tree.prunable_leaves(params)
     counts = distributions.erk(tree.shapes(params), sizes.sparsity)
     kept = {path: max(int(count), 1) for path, count in counts.items()}

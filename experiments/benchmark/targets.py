@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from experiments.benchmark.refresh import RULES
+from experiments.benchmark.small import BETWEEN, DENSE, FIT, NETWORK, RIGL
 from experiments.benchmark.steps import OPTIMIZERS, SGD, SPARSIFIED
 from experiments.benchmark.tables import Table, format_cell, name_of
 from experiments.benchmark.training import SPARSE
 
-MAGNITUDE = ("magnitude, each leaf (ERK)", "magnitude, global")
 OURS = (*RULES, *(SPARSIFIED.format(name) for name in OPTIMIZERS))
 
 
@@ -36,23 +36,21 @@ class Target(NamedTuple):
 
 
 TARGETS = (
-    Target("passes of a refresh by magnitude", 16, "passes", ("refresh",), MAGNITUDE),
+    Target("ms of a refresh by RigL", 3, "ms", ("refresh",), ("RigL",), model=NETWORK),
     Target(
-        "saving of CPU time over jnp.sort, ResNet-50",
-        25,
-        "saving",
-        ("refresh",),
-        MAGNITUDE,
-        model="resnet50",
-        at_least=True,
+        "training step between refreshes, sparse over dense",
+        1.2,
+        "over dense",
+        ("small",),
+        (BETWEEN,),
     ),
-    Target("passes of a refresh by RigL", 30, "passes", ("refresh",), ("RigL",)),
     Target(
-        f"step around {SGD} over the plain step",
-        1.15,
-        "relative",
-        ("step",),
-        (SPARSIFIED.format(SGD),),
+        "steps of fit over those of a loop by hand",
+        0.9,
+        "of the loop by hand",
+        ("small",),
+        (FIT.format(DENSE), FIT.format(RIGL)),
+        at_least=True,
     ),
     Target(
         "training step of ResNet-18, sparse over dense",
@@ -71,7 +69,7 @@ TARGETS = (
     ),
     Target(
         "CPU s to trace, lower and compile the step under RigL, ResNet-50",
-        10,
+        12,
         "CPU s",
         ("compile",),
         (SPARSIFIED.format(SGD),),

@@ -19,7 +19,8 @@ from d2sparse.tree import PyTree
 CLASSES = 10
 TINY = (8, 8, 1)
 # Images of small networks, unless with --quick or on a CPU.
-IMAGES = {"resnet8": (32, 32, 3), "lenet_300_100": (28, 28, 1)}
+LENET = ("lenet_300_100", (28, 28, 1))
+IMAGES = {"resnet8": (32, 32, 3), **dict([LENET])}
 
 
 class Sizes(NamedTuple):
@@ -40,6 +41,8 @@ class Sizes(NamedTuple):
       seeds: numbers of runs of each that are trained at once.
       member_batch: images in a step of a small network.
       member_steps: steps of every small network in one timing.
+      small_steps: steps of the small network that is trained with `fit`.
+      small_samples: its training images.
     """
 
     models: tuple[str, ...]
@@ -55,6 +58,8 @@ class Sizes(NamedTuple):
     seeds: tuple[int, ...]
     member_batch: int
     member_steps: int
+    small_steps: int
+    small_samples: int
 
 
 def make_sizes(
@@ -96,6 +101,8 @@ def make_sizes(
         seeds=seeds or ((2,) if quick else (1, 8, 32, 128)[: 4 if accelerated else 3]),
         member_batch=16 if quick else 64,
         member_steps=2 if quick else 25 if accelerated else 10,
+        small_steps=4 if quick else 500,
+        small_samples=64 if quick else 1500,
     )
 
 
