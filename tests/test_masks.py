@@ -47,13 +47,15 @@ def draw(rng, kind, shape):
     return np.full(shape, 0.5, np.float32)
 
 
-@pytest.fixture(scope="module", params=["joined", "apart"])
+@pytest.fixture(scope="module", params=["joined", "long_rows", "apart"])
 def select(request):
-    """`top_k`, compiled as on one device and as on several."""
+    """`top_k`, compiled as on one device, with long rows too, and as on several."""
 
     def traced(leaves, k):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(search, "may_be_joined", lambda: request.param == "joined")
+            patch.setattr(search, "may_be_joined", lambda: request.param != "apart")
+            many = 0 if request.param == "long_rows" else search._MANY
+            patch.setattr(search, "_MANY", many)
             # Not the compiled function, which may have been traced the other way.
             patch.setattr(selection, "largest", search.largest.__wrapped__)
             return top_k(leaves, k)
@@ -80,7 +82,7 @@ def test_leaves_are_joined_where_none_can_be_sharded(monkeypatch):
         traced = jax.make_jaxpr(
             lambda x: search.largest.__wrapped__(x, (0, 0), jnp.array([1]))
         )
-        assert (f"u32[2,{search._ROW}]" in str(traced(leaves))) == joined
+        assert (f"u32[2,1,{search._LANE}]" in str(traced(leaves))) == joined
 
 
 def test_top_k_orders_every_number_of_16_bits():

@@ -24,8 +24,11 @@ from d2sparse.masks.layout import (
 )
 from d2sparse.meshes import common_zero, on_auto_axes
 
-# Thresholds of a pass. The counts of a row, up to 128 each, share one float32.
-_TRIED, _ROW, _BASE = 3, 128, 256
+_TRIED = 3  # Thresholds of a pass.
+# Entries side by side, whose counts of up to 128 each share one float32.
+_LANE, _BASE = 128, 256
+# Lanes of a row where there are many scores, so that few rows are left to add up.
+_MANY, _LANES = 1 << 20, 64
 _FULL = 2**32 - 1  # Above all keys.
 
 _Range = tuple[jax.Array, jax.Array, jax.Array]
@@ -120,16 +123,21 @@ def _in_rows(
     keys, starts = [ordered_bits(leaf) for leaf in leaves], _starts(leaves, groups)
     if not may_be_joined():
         each = zip(keys, groups, units, starts, strict=True)
-        return [_Rows(x[None], *map(np.atleast_1d, about)) for x, *about in each]
-    heights = [-(-x.size // _ROW) for x in keys]
-    table = jnp.zeros(_ROW * sum(heights), jnp.uint32)
+        return [
+            _Rows(jnp.atleast_1d(x)[None], *map(np.atleast_1d, about))
+            for x, *about in each
+        ]
+    lanes = _LANES if sum(x.size for x in keys) >= _MANY else 1
+    row = lanes * _LANE
+    heights = [-(-x.size // row) for x in keys]
+    table = jnp.zeros(row * sum(heights), jnp.uint32)
     # Not `concatenate`, whose kernel asks of every entry which leaf it is of.
     for key, top in zip(keys, np.cumsum([0, *heights]), strict=False):
-        table = jax.lax.dynamic_update_slice(table, key.reshape(-1), (_ROW * top,))
-    within = np.concatenate([_ROW * np.arange(height) for height in heights])
+        table = jax.lax.dynamic_update_slice(table, key.reshape(-1), (row * top,))
+    within = np.concatenate([row * np.arange(height) for height in heights])
     return [
         _Rows(
-            table.reshape(-1, _ROW),
+            table.reshape(-1, lanes, _LANE),
             np.repeat(groups, heights),
             np.repeat(units, heights),
             (np.repeat(starts, heights) + within).astype(np.uint32),
@@ -151,12 +159,13 @@ def _as_leaves(
 ) -> list[jax.Array]:
     """What belongs to each leaf, in its shape: the reverse of `_in_rows`."""
     if not may_be_joined():
-        return [x[0] for x in rows]
-    flat, begin, leaves = rows[0].reshape(-1), 0, []
+        return [x[0].reshape(shape) for x, shape in zip(rows, shapes, strict=True)]
+    flat, row = rows[0].reshape(-1), rows[0][0].size
+    begin, leaves = 0, []
     for shape in shapes:
         size = math.prod(shape)
         leaves.append(flat[begin : begin + size].reshape(shape))
-        begin += size + -size % _ROW
+        begin += size + -size % row
     return leaves
 
 
@@ -275,13 +284,14 @@ def _counts_of_rows(rows: _Rows, thresholds: jax.Array) -> jax.Array:
     """int32[rows, n] of rising thresholds, uint32[rows, n]."""
     number, axes = thresholds.shape[1], tuple(range(1, rows.values.ndim))
     reached = [rows.values >= _over(rows, thresholds[:, i]) for i in range(number)]
-    if math.prod(rows.values.shape[1:]) <= _ROW:
+    if 0 < rows.values.shape[-1] < _BASE:
         # Digits of one float, which is exact: XLA adds those faster than integers.
         weight = jnp.zeros((), jnp.float32)
         for i in reversed(range(number)):
             weight = jnp.where(reached[i], float(_BASE**i) + weight, 0.0)
-        sums = jnp.sum(weight, axes).astype(jnp.int32)
-        counts = [sums // _BASE**i % _BASE for i in range(number)]
+        sums = jnp.sum(weight, axis=-1).astype(jnp.int32)
+        shares = [sums // _BASE**i % _BASE for i in range(number)]
+        counts = [jnp.sum(x, axes[:-1], jnp.int32) for x in shares]
     else:
         counts = [jnp.sum(x, axes, jnp.int32) for x in reached]
     return jnp.stack(counts, axis=1) * jnp.asarray(rows.units, jnp.int32)[:, None]

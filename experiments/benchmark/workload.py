@@ -101,7 +101,7 @@ def make_sizes(
         seeds=seeds or ((2,) if quick else (1, 8, 32, 128)[: 4 if accelerated else 3]),
         member_batch=16 if quick else 64,
         member_steps=2 if quick else 25 if accelerated else 10,
-        small_steps=4 if quick else 500,
+        small_steps=40 if quick else 500,
         small_samples=64 if quick else 1500,
     )
 
