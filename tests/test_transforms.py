@@ -191,20 +191,21 @@ def check_update(before, after, params, updates, inner):
     assert_close(seen.inner, masked_by_path(moments, live))
 
 
-def contract_cases():
-    """Every rule in every optimiser, and each of them at least once in each wrapper.
+# Every optimiser, every wrapper, and every kind of rule.
+BY_DEFAULT = [
+    ("rigl", "sgd", "partition"),
+    ("one_shot", "adamw", "multi_steps"),
+    ("movement", "lion", "inject"),
+    ("granet", "adafactor", "chain"),
+    ("ac_dc", "muon", "plain"),
+]
 
-    By default a part of the table, of the rules that are made of others a smaller one.
-    """
-    for i, rule in enumerate(RULES):
-        for j, inner in enumerate(INNERS):
-            for k, wrapper in enumerate(WRAPPERS):
-                chosen = (i + j) % len(WRAPPERS) == k and (i < 6 or j < 2)
-                yield pytest.param(
-                    *(rule, inner, wrapper),
-                    id=f"{rule}-{inner}-{wrapper}",
-                    marks=() if chosen else pytest.mark.slow,
-                )
+
+def contract_cases():
+    """Every rule in every optimiser in every wrapper."""
+    for case in itertools.product(RULES, INNERS, WRAPPERS):
+        slow = () if case in BY_DEFAULT else pytest.mark.slow
+        yield pytest.param(*case, id="-".join(case), marks=slow)
 
 
 @pytest.mark.parametrize(("rule", "inner", "wrapper"), list(contract_cases()))
@@ -243,7 +244,16 @@ def test_the_optax_contract(rule, inner, wrapper):
 # Bits.
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lion", "adafactor"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adamw",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("sgd", "lion", "adafactor")
+        ),
+    ],
+)
 def test_live_changes_are_the_bits_of_the_inner_optimiser(name):
     inner = INNERS[name](0.1)
     tx = sparsify(inner, rules.fixed(TICKET))
