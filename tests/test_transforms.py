@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from d2sparse import masks, rules, schedules, scores, tree
 from d2sparse.masks import apply_masks, is_gap
@@ -384,16 +383,6 @@ def test_moments_of_any_optimiser_are_masked(name):
     assert any(jax.tree.leaves(changed))
 
 
-def test_accumulating_optimisers_fit_inside():
-    inner = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
-    tx = sparsify(inner, rules.rigl(0.5), schedules.every(1))
-    params = normals(0)
-    state, step = tx.init(params), jit(make_step(tx))
-    for seed in range(4):
-        params, state = step(params, state, normals(seed))
-        assert_same(params, apply_masks(params, get_masks(state)))
-
-
 def test_gradients_of_pruned_weights_do_no_harm():
     tx = sparsify(
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)),
@@ -488,9 +477,11 @@ def nan_in_head(params, grads, key):
 @pytest.mark.parametrize(
     "rule",
     [
-        rules.one_shot(0.5, nan_in_head),
+        pytest.param(rules.one_shot(0.5, nan_in_head), marks=pytest.mark.slow),
         rules.one_shot(0.5, nan_in_head, iterations=3),
-        rules.gradual(lambda step: 0.5, nan_in_head),
+        pytest.param(
+            rules.gradual(lambda step: 0.5, nan_in_head), marks=pytest.mark.slow
+        ),
         rules.ac_dc(0.5, lambda step: True, nan_in_head),
         rules.prune_and_grow(0.5, nan_in_head),
     ],
@@ -786,22 +777,6 @@ def test_parameters_are_needed():
     tx = sparsify(optax.sgd(0.1), rules.fixed(TICKET))
     with pytest.raises(ValueError, match=r"call `tx.update\(grads, state, params\)`"):
         tx.update(normals(1), tx.init(normals(0)))
-
-
-def test_flax_nnx_optimizers():
-    model = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
-    tx = sparsify(optax.adam(0.1), rules.rigl(0.5), schedules.every(1))
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model, optimizer, x):
-        grads = nnx.grad(lambda model: jnp.mean((model(x) - 1.0) ** 2))(model)
-        optimizer.update(model, grads)
-
-    for seed in range(3):
-        step(model, optimizer, normals(seed, {"x": (5, 6)})["x"])
-        assert int(jnp.sum(model.kernel[...] != 0)) == 12
-    assert jnp.all(model.bias[...] != 0)
 
 
 @pytest.mark.parametrize(
