@@ -12,8 +12,7 @@ from d2sparse import masks
 from d2sparse.masks import layout, search, selection, top_k
 
 TREES = {
-    "kernel": [(3, 3, 4, 5)],
-    "leaves": [(7, 5), (11,), (), (2, 3, 4)],
+    "leaves": [(7, 5), (11,), (), (0, 3), (2, 3, 4)],
     "large": [(300, 40), (7,), (2, 7106)],
 }
 SPECIAL = [np.nan, np.inf, -np.inf, -0.0, 0.0, 1.0, -1.0, 1e-40, -1e-40, 3e38, -3e38]
@@ -67,7 +66,7 @@ def select(request):
 @pytest.mark.parametrize("name", TREES)
 def test_top_k_equals_a_sort(select, name, kind):
     rng = np.random.default_rng(0)
-    for _ in range(8):
+    for _ in range(4):
         leaves = [draw(rng, kind, shape) for shape in TREES[name]]
         n = sum(leaf.size for leaf in leaves)
         eligible = sum(int(np.sum(leaf > -np.inf)) for leaf in leaves)
@@ -140,7 +139,7 @@ def gathers(compiled):
     ("shapes", "specs"),
     [
         ([(64, 40), (30, 64), (5,)], [P("data", None), P(None, "data"), P()]),
-        ([(512, 512)], [P(None, "data")]),
+        pytest.param([(512, 512)], [P(None, "data")], marks=pytest.mark.slow),
     ],
 )
 def test_top_k_leaves_shards_where_they_are(shapes, specs):

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import images, perceptron
 
 from d2sparse import masks, reparam, schedules, scores, train
-from d2sparse.data import Split
-from d2sparse.models import make_model
 from d2sparse.rules import static
 from d2sparse.transforms import sparsify
 
@@ -97,8 +96,7 @@ def test_numbers_of_every_type_are_numbers():
 
 @pytest.mark.parametrize("key", [7, jax.random.PRNGKey(7), np.uint32([0, 7])])
 def test_seeds_and_legacy_keys_begin_the_same_run(key):
-    data = train.to_device(Split(np.zeros((4, 2, 2, 1), np.uint8), np.arange(4)))
-    model = make_model("lenet_300_100", 4, 0.1)
+    data, model = images(), perceptron()
     tx = sparsify(optax.sgd(0.1), static(0.5))
     states = (train.init_state(model, tx, data, k) for k in (key, jax.random.key(7)))
     for found, expected in zip(*map(jax.tree.leaves, states), strict=True):

@@ -73,7 +73,13 @@ MADE = {
 }
 
 
-@pytest.mark.parametrize("made", MADE.values(), ids=MADE.keys())
+def some(*names):
+    """Those by default; the others are slow."""
+    marks = {name: () if name in names else pytest.mark.slow for name in MADE}
+    return [pytest.param(MADE[name], id=name, marks=marks[name]) for name in MADE]
+
+
+@pytest.mark.parametrize("made", some("snip", "fisher_of_model"))
 def test_one_batch_equals_its_halves_inside_jit_and_outside(made):
     batch, params = data(), network()
     whole = made([batch])(params, None, KEY)
@@ -89,7 +95,7 @@ def test_every_example_weighs_the_same_in_batches_of_two_sizes(name):
     assert_close(ranked(MADE[name](iter(parts(batch, 3, 5))), params), whole)
 
 
-@pytest.mark.parametrize("made", MADE.values(), ids=MADE.keys())
+@pytest.mark.parametrize("made", some("snip", "grasp"))
 def test_a_rule_prunes_by_the_score_and_asks_for_no_gradient(made):
     params, score = network(), made([data()])
     rule = rules.one_shot(0.5, score=score)
@@ -103,7 +109,7 @@ def test_a_rule_prunes_by_the_score_and_asks_for_no_gradient(made):
     assert ranks[live].min() >= ranks[~live].max() - 1e-6
 
 
-@pytest.mark.parametrize("made", MADE.values(), ids=MADE.keys())
+@pytest.mark.parametrize("made", some("grasp", "fisher_of_model"))
 def test_half_precision_is_scored_in_single(made):
     half = jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), network())
     single = jax.tree.map(lambda w: w.astype(jnp.float32), half)
@@ -175,8 +181,7 @@ def flat_loss(batch, temperature):
     return loss
 
 
-@pytest.mark.parametrize("temperature", [1.0, 20.0])
-@pytest.mark.parametrize("two_batches", [False, True])
+@pytest.mark.parametrize(("temperature", "two_batches"), [(1.0, False), (20.0, True)])
 def test_grasp_equals_the_explicit_hessian(temperature, two_batches):
     batch, params = data(), network()
     other = data(seed=5, examples=6) if two_batches else batch

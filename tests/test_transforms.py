@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from d2sparse import masks, rules, schedules, scores, tree
 from d2sparse.masks import apply_masks, is_gap
@@ -191,20 +190,21 @@ def check_update(before, after, params, updates, inner):
     assert_close(seen.inner, masked_by_path(moments, live))
 
 
-def contract_cases():
-    """Every rule in every optimiser, and each of them at least once in each wrapper.
+# Every optimiser, every wrapper, and every kind of rule.
+BY_DEFAULT = [
+    ("rigl", "sgd", "partition"),
+    ("one_shot", "adamw", "multi_steps"),
+    ("movement", "lion", "inject"),
+    ("granet", "adafactor", "chain"),
+    ("ac_dc", "muon", "plain"),
+]
 
-    By default a part of the table, of the rules that are made of others a smaller one.
-    """
-    for i, rule in enumerate(RULES):
-        for j, inner in enumerate(INNERS):
-            for k, wrapper in enumerate(WRAPPERS):
-                chosen = (i + j) % len(WRAPPERS) == k and (i < 6 or j < 2)
-                yield pytest.param(
-                    *(rule, inner, wrapper),
-                    id=f"{rule}-{inner}-{wrapper}",
-                    marks=() if chosen else pytest.mark.slow,
-                )
+
+def contract_cases():
+    """Every rule in every optimiser in every wrapper."""
+    for case in itertools.product(RULES, INNERS, WRAPPERS):
+        slow = () if case in BY_DEFAULT else pytest.mark.slow
+        yield pytest.param(*case, id="-".join(case), marks=slow)
 
 
 @pytest.mark.parametrize(("rule", "inner", "wrapper"), list(contract_cases()))
@@ -243,7 +243,16 @@ def test_the_optax_contract(rule, inner, wrapper):
 # Bits.
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lion", "adafactor"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adamw",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("sgd", "lion", "adafactor")
+        ),
+    ],
+)
 def test_live_changes_are_the_bits_of_the_inner_optimiser(name):
     inner = INNERS[name](0.1)
     tx = sparsify(inner, rules.fixed(TICKET))
@@ -374,16 +383,6 @@ def test_moments_of_any_optimiser_are_masked(name):
     assert any(jax.tree.leaves(changed))
 
 
-def test_accumulating_optimisers_fit_inside():
-    inner = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
-    tx = sparsify(inner, rules.rigl(0.5), schedules.every(1))
-    params = normals(0)
-    state, step = tx.init(params), jit(make_step(tx))
-    for seed in range(4):
-        params, state = step(params, state, normals(seed))
-        assert_same(params, apply_masks(params, get_masks(state)))
-
-
 def test_gradients_of_pruned_weights_do_no_harm():
     tx = sparsify(
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)),
@@ -478,9 +477,11 @@ def nan_in_head(params, grads, key):
 @pytest.mark.parametrize(
     "rule",
     [
-        rules.one_shot(0.5, nan_in_head),
+        pytest.param(rules.one_shot(0.5, nan_in_head), marks=pytest.mark.slow),
         rules.one_shot(0.5, nan_in_head, iterations=3),
-        rules.gradual(lambda step: 0.5, nan_in_head),
+        pytest.param(
+            rules.gradual(lambda step: 0.5, nan_in_head), marks=pytest.mark.slow
+        ),
         rules.ac_dc(0.5, lambda step: True, nan_in_head),
         rules.prune_and_grow(0.5, nan_in_head),
     ],
@@ -776,22 +777,6 @@ def test_parameters_are_needed():
     tx = sparsify(optax.sgd(0.1), rules.fixed(TICKET))
     with pytest.raises(ValueError, match=r"call `tx.update\(grads, state, params\)`"):
         tx.update(normals(1), tx.init(normals(0)))
-
-
-def test_flax_nnx_optimizers():
-    model = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
-    tx = sparsify(optax.adam(0.1), rules.rigl(0.5), schedules.every(1))
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model, optimizer, x):
-        grads = nnx.grad(lambda model: jnp.mean((model(x) - 1.0) ** 2))(model)
-        optimizer.update(model, grads)
-
-    for seed in range(3):
-        step(model, optimizer, normals(seed, {"x": (5, 6)})["x"])
-        assert int(jnp.sum(model.kernel[...] != 0)) == 12
-    assert jnp.all(model.bias[...] != 0)
 
 
 @pytest.mark.parametrize(
