@@ -70,14 +70,15 @@ def test_pairs_at_once_are_the_pairs_one_by_one(tmp_path):
 
 
 def small_program(name, shape, monkeypatch, *constraints):
-    """A program as on an accelerator, and its progress at first."""
+    """A program as on an accelerator, and the form of its progress at first."""
     images = np.zeros((100, *shape), np.uint8)
     examples = train.to_device(Split(images, np.zeros(100, np.int32)))
     training = plain(models.make_model(name, 10), examples, Recipe(steps=200))
     with monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")
         program = make_program(constrain(training, *constraints))
-    return program, program.init(jax.random.key(0), examples), examples
+    start = jax.eval_shape(program.init, jax.random.key(0), examples)
+    return program, start, examples
 
 
 def test_the_estimate_of_memory_bounds_the_compiled_program(monkeypatch):
