@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import runs
 from flax import linen as nn
-from tiny import CLASSES, SETTINGS, step_of
+from tiny import CLASSES, SETTINGS, centred, step_of
 
 from d2sparse import models, train
 from d2sparse.data import Split
-from d2sparse.models import Model
 from d2sparse.rules import rigl
 from d2sparse.schedules import every
 from d2sparse.train.loops import Stretch, take_steps
@@ -40,23 +39,6 @@ class Normalised(nn.Module):
         x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
         x = nn.relu(x).mean(axis=(1, 2))
         return nn.Dense(CLASSES, name="head")(x)
-
-
-def centred():
-    """A linear network whose outputs have mean 0 over the batch."""
-
-    def init(key, x):
-        kernel = jax.random.normal(key, (x[0].size, CLASSES))
-        return {"kernel": kernel}, {"mean": jnp.zeros(CLASSES)}
-
-    def apply(params, model_state, x, *, train):
-        logits = x.reshape(len(x), -1) @ params["kernel"] / 4
-        mean = logits.mean(axis=0) if train else model_state["mean"]
-        if train:
-            model_state = {"mean": 0.9 * model_state["mean"] + 0.1 * mean}
-        return logits - mean[None], model_state
-
-    return Model(init, apply)
 
 
 # Both look at a whole batch.

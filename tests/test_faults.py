@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import BATCH, SETTINGS, arrays, copy, images, perceptron
+from tiny import BATCH, SETTINGS, arrays, centred, copy, images
 
 from d2sparse import constraints, train
 from d2sparse.models import Model
@@ -23,7 +23,7 @@ FAULTS = [("loss", 0), ("gradient", 2), ("statistics", 5), ("refresh", 3)]
 FAULTS += [("update", 4)]
 
 
-MODEL = perceptron()  # Its statistics are means of a batch.
+MODEL = centred()  # Its statistics are means of a batch.
 TX = sparsify(optax.adam(0.01), rigl(0.5), every(3))
 
 
@@ -50,7 +50,7 @@ def faulty(state, data, indices):
     def loss(logits, batch, context):
         value, logs = plain.loss(logits, batch, context)
         # The factor has a gradient, its product none of its own.
-        slope = jnp.sum(context.params["first"]["kernel"])
+        slope = jnp.sum(context.params["kernel"])
         if len(batch.labels) > BATCH:
             return value + slope * poison(hit["refresh"], jnp.nan), logs
         logs = logs | {"loss": logs["loss"] + poison(hit["loss"], jnp.nan)}

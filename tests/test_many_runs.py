@@ -29,7 +29,7 @@ def _quick_compilation():
 
 
 def test_a_run_of_an_axis_is_the_run_of_a_single_value(tmp_path):
-    flags = {**TINY, "methods": ("rigl",), "learning_rate": 0.05}
+    flags = {**TINY, "methods": ("static",), "learning_rate": 0.05}
     axes, bare = (
         {"sparsity": (0.5, 0.75)},
         study.Experiment("test", report=lambda c: {}),
@@ -38,7 +38,7 @@ def test_a_run_of_an_axis_is_the_run_of_a_single_value(tmp_path):
     one = study.Config(**flags, sparsity=0.75, workdir=str(tmp_path / "one"))
     for config in (many, one):
         study.compare(config, bare, model=runs.linear(10))
-    names = "rigl-sparsity0.75-seed0", "rigl-seed0"
+    names = "static-sparsity0.75-seed0", "static-seed0"
     found, expected = (
         without_time(read(tmp_path / place / "units" / f"{name}.json"))
         for place, name in zip(("many", "one"), names, strict=True)
@@ -78,12 +78,20 @@ def small_program(name, shape, monkeypatch, *constraints):
         patch.setattr(jax, "default_backend", lambda: "gpu")
         program = make_program(constrain(training, *constraints))
     start = jax.eval_shape(program.init, jax.random.key(0), examples)
-    return program, start, examples
+    return program, start._replace(phase=0), examples
 
 
-def test_the_estimate_of_memory_bounds_the_compiled_program(monkeypatch):
+@pytest.mark.parametrize(
+    "constraints",
+    [
+        (),
+        pytest.param((rigl(0.9, Moves(growth_samples=0)),), marks=pytest.mark.slow),
+    ],
+    ids=["dense", "rigl"],
+)
+def test_the_estimate_of_memory_bounds_the_compiled_program(monkeypatch, constraints):
     program, progress, examples = small_program(
-        "convnet_s", (16, 16, 3), monkeypatch, rigl(0.9, Moves(growth_samples=0))
+        "convnet_s", (16, 16, 3), monkeypatch, *constraints
     )
     estimate = train.estimate_memory(program.run, progress.state, examples, 32)
     step = train.guard(train.make_step(program.training))
