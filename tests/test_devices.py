@@ -90,9 +90,13 @@ def network(request):
     return step, init, alone
 
 
-@pytest.fixture(scope="module")
-def eight(network):
-    """A runner on eight devices, its traces, and how rows of a batch lie on them."""
+@pytest.fixture(
+    scope="module",
+    params=[(4, 2), pytest.param((8, 1), marks=pytest.mark.slow)],
+    ids=["4 for each of 2 runs", "8 for a batch"],
+)
+def several(network, request):
+    """A runner on a mesh, its traces, and how rows of a batch lie on devices."""
     step, _, _ = network
     traces, layouts = [], []
 
@@ -101,7 +105,9 @@ def eight(network):
         jax.debug.inspect_array_sharding(indices, callback=layouts.append)
         return step(state, data, indices)
 
-    return train.make_runner(watched, train.make_mesh(8)), traces, layouts
+    data_parallel, many = request.param
+    run = train.make_runner(watched, train.make_mesh(data_parallel, many))
+    return run, data_parallel, traces, layouts
 
 
 def assert_close(state, expected):
@@ -114,21 +120,24 @@ def assert_close(state, expected):
             np.testing.assert_allclose(found, leaf, atol=TOLERANCE, err_msg=path)
 
 
-def test_a_batch_on_eight_devices_is_the_batch_on_one_by_one_program(network, eight):
+def test_a_batch_on_several_devices_is_the_batch_on_one_by_one_program(
+    network, several
+):
     _, init, alone = network
-    run, traces, layouts = eight
+    run, data_parallel, traces, layouts = several
     state = take_steps(run, init(0), make_data(0), Stretch(2, BATCH))
     first = jax.tree.leaves(state.params)[0]
     state = take_steps(run, state, make_data(0), Stretch(STEPS, BATCH))
     assert_close(state, alone[0])
-    assert all(
-        leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params)
-    )
+    # Devices that share out runs are none of a single run's.
+    for leaf in jax.tree.leaves(state.params):
+        assert leaf.sharding.is_fully_replicated
+        assert len(leaf.devices()) == data_parallel
     # The second call compiles nothing and moves nothing.
     assert len(traces) == 1
     assert first.is_deleted()
     assert layouts
-    assert all(len(sharding.device_set) == 8 for sharding in layouts)
+    assert all(len(sharding.device_set) == data_parallel for sharding in layouts)
     assert not any(sharding.is_fully_replicated for sharding in layouts)
 
 
@@ -145,29 +154,23 @@ def test_runs_beside_each_other_are_the_runs_alone(network, data_parallel):
         assert_close(state, alone[number])
 
 
-def test_a_single_run_takes_no_devices_that_share_out_runs(network):
-    step, init, alone = network
-    run = train.make_runner(step, train.make_mesh(2, runs=4))
-    state = take_steps(run, init(0), make_data(0), Stretch(STEPS, BATCH))
-    assert_close(state, alone[0])
-    devices = {len(leaf.devices()) for leaf in jax.tree.leaves(state.params)}
-    assert devices == {2}
-
-
 def test_runs_on_devices_of_their_own_do_not_speak_to_each_other():
     step, init = make_run("centred")
-    mesh = train.make_mesh(runs=8)
+    mesh = train.make_mesh(runs=2)
     where = train.place(mesh, stacked=True)
-    states = train.stack_runs([init(seed) for seed in range(8)])
-    both = train.stack_runs([make_data(seed) for seed in range(8)])
+    states = train.stack_runs([init(0), init(1)])
+    both = train.stack_runs([make_data(0), make_data(1)])
     many = jax.vmap(
         train.guard(step), in_axes=(train.RUNS, 0, 0), out_axes=(train.RUNS, 0)
     )
-    indices = jnp.zeros((8, BATCH), jnp.int32)
-    given = (states, both, indices)
-    placed = jax.device_put(given, (where.state, where.data, where.data))
-    many = train.apart(many, mesh)
-    compiled = jax.jit(many, out_shardings=(where.state, None)).lower(*placed).compile()
+    many = jax.jit(
+        train.apart(many, mesh),
+        in_shardings=(where.state, where.data, where.data),
+        out_shardings=(where.state, None),
+    )
+    indices = np.zeros((2, BATCH), np.int32)
+    compiled = many.lower(states, both, indices).compile()
+    assert "num_partitions=2" in compiled.as_text()
     kinds = r"(?:all-[a-z-]+|reduce-scatter|collective-[a-z]+)"
     moved = re.findall(rf"= (\S+) {kinds}\(", compiled.as_text())
     assert not moved

@@ -16,10 +16,8 @@ from d2sparse.data import Split
 from d2sparse.study import runner, splits, trainings
 from d2sparse.train import Recipe, constrain, make_program, plain
 
-TINY = {
-    **{"steps": 6, "seeds": 1, "progress": False},
-    **{"report_every": 3, "refresh_interval": 2, "growth_samples": 16},
-}
+BRIEF = {"steps": 6, "seeds": 1, "progress": False, "report_every": 3}
+TINY = {**BRIEF, "refresh_interval": 2, "growth_samples": 16}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +27,7 @@ def _quick_compilation():
 
 
 def test_a_run_of_an_axis_is_the_run_of_a_single_value(tmp_path):
-    flags = {**TINY, "methods": ("static",), "learning_rate": 0.05}
+    flags = {**BRIEF, "methods": ("static",), "learning_rate": 0.05}
     axes, bare = (
         {"sparsity": (0.5, 0.75)},
         study.Experiment("test", report=lambda c: {}),

@@ -115,7 +115,7 @@ def each_rule(**quick):
     )
 
 
-@each_rule(float32=["one_shot_in_iterations"], float64=["movement", "granet", "n_of_m"])
+@each_rule(float32=["one_shot_in_iterations"], float64=["movement", "n_of_m"])
 def test_64_bits(name, mode):
     dtype = np.dtype(mode)
     with wide():
@@ -183,7 +183,7 @@ def test_one_network_per_device(name, mode):
         assert_alone(name, jax.tree.map(lambda x, run=run: x[run], found))
 
 
-@each_rule(abstract=["movement", "granet"])
+@each_rule(abstract=["movement", "n_of_m"])
 def test_an_abstract_state_has_the_types_of_a_real_one(name, mode):
     del mode
     tx = sparsify(optax.adam(0.0), RULES[name]())

@@ -7,8 +7,8 @@ import optax
 import pytest
 import scipy.special
 import sklearn.metrics
-from tiny import SETTINGS, assert_close, step_of
-from tiny import perceptron as normalised
+from runs import linear
+from tiny import SETTINGS, assert_close, perceptron, step_of
 
 from d2sparse import train
 from d2sparse.data import Split, load
@@ -44,25 +44,6 @@ def bare_state(step, seed=0):
     return train.TrainState(
         jnp.int32(step), {}, {}, (), jax.random.key(seed), faults, {}
     )
-
-
-def perceptron(width=6):
-    """One hidden layer, written without a library."""
-
-    def init(key, x):
-        first, head = jax.random.split(key)
-        kernel = jax.random.normal(first, (x[0].size, width)) / 8
-        params = {"first": {"kernel": kernel, "bias": jnp.zeros(width)}}
-        params["head"] = {"kernel": jax.random.normal(head, (width, 10))}
-        return params, {}
-
-    def apply(params, model_state, x, *, train):
-        del train
-        first = params["first"]
-        hidden = x.reshape(len(x), -1) @ first["kernel"] + first["bias"].reshape(1, -1)
-        return jax.nn.relu(hidden) @ params["head"]["kernel"], model_state
-
-    return Model(init, apply)
 
 
 def convolution():
@@ -127,8 +108,8 @@ def dimmed(key, x):
 
 @pytest.fixture(scope="module")
 def sparse_step(data):
-    """A step of a sparse perceptron whose mask moves every third step, and its init."""
-    model = perceptron()
+    """A step of a sparse network whose mask moves every third step, and its init."""
+    model = linear(10)
     optimizer = train.make_optimizer("sgd", 0.02, 5e-4)
     tx = sparsify(optimizer, larger_half(), every(3))
     step = step_of(model, data, tx, 16, augment=dimmed, label_smoothing=0.1)
@@ -292,7 +273,7 @@ def plain_loss(model, like, smoothing=0.0, augment=None):
 def test_the_loss_is_the_mean_cross_entropy_of_augmented_images(
     data, smoothing, augment
 ):
-    model, tx = perceptron(), optax.sgd(0.1)
+    model, tx = linear(10), optax.sgd(0.1)
     state = train.init_state(model, tx, data, jax.random.key(1), SETTINGS)
     step = step_of(model, data, tx, label_smoothing=smoothing, augment=augment)
     after, logs = jax.jit(step)(state, data, jnp.arange(SIZE))
@@ -314,13 +295,13 @@ def test_the_first_state_is_masked(data, sparse_run):
     state = init(data)
     assert int(state.step) == 0
     masks, params = arrays(get_masks(state.opt_state)), arrays(state.params)
-    for path in ("first/kernel", "head/kernel"):
-        assert masks[path].sum() == masks[path].size / 2
-        np.testing.assert_array_equal(params[path] != 0, masks[path])
+    kernel, live = params["head/kernel"], masks["head/kernel"]
+    assert live.sum() == live.size / 2
+    np.testing.assert_array_equal(kernel != 0, live)
 
 
 def test_the_first_state_of_a_dense_optimizer_is_that_of_the_model(data):
-    model = perceptron()
+    model = linear(10)
     state = train.init_state(model, optax.sgd(0.1), data, jax.random.key(3))
     init_key, _ = jax.random.split(jax.random.key(3))
     params, _ = model.init(init_key, train.inputs(data))
@@ -334,7 +315,7 @@ def assert_same_metrics(logs, expected):
         np.testing.assert_allclose(logs[name], expected[name], atol=1e-5)
 
 
-@pytest.mark.parametrize("network", ["perceptron", "convolution"])
+@pytest.mark.parametrize("network", ["linear", "convolution"])
 def test_loop_and_scan_give_the_same_numbers(
     data, sparse_run, sparse_scan, convolved, network
 ):
@@ -562,7 +543,7 @@ def test_a_growth_batch_holds_distinct_examples(data):
 
 def restless():
     """A linear network whose logits depend on a state that every step changes."""
-    dense = perceptron()
+    dense = linear(10)
 
     def init(key, x):
         return dense.init(key, x)[0], {"scale": jnp.float32(1)}
@@ -611,7 +592,7 @@ def test_the_rule_sees_the_gradient_of_the_growth_batch(data, growth_samples):
 @pytest.mark.parametrize("batch_size", [1, 7, 512])
 def test_predictions_do_not_depend_on_the_batch_size(data, batch_size, monkeypatch):
     monkeypatch.setattr(program, "_WIDTH", batch_size)
-    model, x = normalised(), train.inputs(data)
+    model, x = perceptron(), train.inputs(data)
     params, _ = model.init(jax.random.key(0), x[:1])
     # Not the statistics of the batch, which is cut up.
     model_state = {"mean": jnp.linspace(-1, 1, 6)}
@@ -628,7 +609,7 @@ def test_predictions_do_not_depend_on_the_batch_size(data, batch_size, monkeypat
 
 
 def test_predictions_of_half_precision_are_probabilities_in_float32(data):
-    model = perceptron()
+    model = linear(10)
     params, _ = model.init(jax.random.key(0), train.inputs(data)[:1])
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
