@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny import SETTINGS, step_of
+from tiny import SETTINGS, images, perceptron, step_of
 
 from d2sparse import train
 from d2sparse.checkpoint import (
@@ -29,35 +28,20 @@ from d2sparse.checkpoint import (
     save_sparse,
     store,
 )
-from d2sparse.data import Split
-from d2sparse.models import from_linen, layers
 from d2sparse.rules import rigl
 from d2sparse.schedules import every
 from d2sparse.transforms import sparsify
 
 
-class ConvNorm(nn.Module):
-    """A convolution with BatchNorm, so that there is a model state."""
-
-    @nn.compact
-    def __call__(self, x, *, train):
-        x = layers.conv(4, 3, stride=2, name="conv1")(x)
-        x = nn.relu(layers.batch_norm(train=train, name="norm1")(x))
-        return layers.dense(10, name="head")(x.mean(axis=(1, 2)))
-
-
 @pytest.fixture(scope="module")
 def run():
     """A sparse run: its compiled step with donated state, and a maker of states."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 255, (16, 8, 8, 1)).astype(np.uint8)
-    data = train.to_device(Split(images, np.arange(16, dtype=np.int32) % 10))
-    model = from_linen(ConvNorm())
+    model, data = perceptron(), images()
     tx = sparsify(optax.adamw(1e-2), rigl(0.5, 0.3), every(2), key=1)
     step = jax.jit(step_of(model, data, tx), donate_argnums=0)
 
     def advance(state):
-        return step(state, data, jnp.arange(8))[0]
+        return step(state, data, np.arange(8))[0]
 
     start = jax.jit(
         lambda seed: train.init_state(model, tx, data, jax.random.key(seed), SETTINGS)
@@ -543,17 +527,20 @@ checkpoints = Checkpoints(sys.argv[1])
 checkpoints.save(20, {"w": np.arange(1000.0)})
 checkpoints.wait()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
 checkpoints.save(30, {"w": np.random.default_rng(0).normal(size=100_000)})
 try:
     checkpoints.wait()
 except OSError as error:
     print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+Checkpoints(sys.argv[2]).save(20, {"w": np.zeros(3_000_000)})  # And the program ends.
 """
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
-    done = python(FULL, tmp_path / "run")
+def test_a_full_disk_leaves_the_last_checkpoint_and_an_end_loses_none(tmp_path):
+    done = python(FULL, tmp_path / "run", tmp_path / "left")
     assert done.returncode == 0, done.stderr
     message = f"expected to write the checkpoint of step 30 to {tmp_path}/run, got "
     assert done.stdout.startswith(message)
@@ -561,21 +548,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert steps(tmp_path / "run") == ["20"]
     restored = Checkpoints(tmp_path / "run").restore({"w": np.zeros(1000)})
     np.testing.assert_array_equal(restored.state["w"], np.arange(1000.0))
-
-
-LEFT = """
-import sys
-import numpy as np
-from d2sparse.checkpoint import Checkpoints
-Checkpoints(sys.argv[1]).save(20, {"w": np.zeros(3_000_000)})
-"""
-
-
-def test_an_end_of_the_program_loses_nothing_silently(tmp_path):
-    done = python(LEFT, tmp_path / "run")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        restored = Checkpoints(tmp_path / "run").restore({"w": np.ones(3_000_000)})
+        restored = Checkpoints(tmp_path / "left").restore({"w": np.ones(3_000_000)})
     assert restored is not None or "write the checkpoint of step 20" in done.stderr
 
 

@@ -41,13 +41,6 @@ def test_any_number_of_steps_from_any_place_in_an_epoch(num_steps):
         np.testing.assert_array_equal(rows, stream[start : start + num_steps])
 
 
-def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one():
-    key, sizes = jax.random.key(0), {"size": 10, "batch_size": 4}
-    stream = batch_indices(key, 0, num_steps=20, **sizes)
-    resumed = batch_indices(key, 5, num_steps=6, **sizes)
-    np.testing.assert_array_equal(resumed, stream[5:11])
-
-
 def test_an_epoch_visits_no_example_twice():
     steps = steps_per_epoch(100, 32)
     stream = batch_indices(jax.random.key(3), 0, 9 * steps, size=100, batch_size=32)
@@ -68,7 +61,7 @@ def test_one_trace_serves_every_start():
         traces.append(start)
         return batch_indices(jax.random.key(0), start, 6, size=10, batch_size=4)
 
-    stream = batch_indices(jax.random.key(0), 0, num_steps=20, size=10, batch_size=4)
+    stream = looped(jax.random.key(0), 0, 20, 10, 4)
     for start in (0, 1, 9, 14):
         np.testing.assert_array_equal(at(start), stream[start : start + 6])
     assert len(traces) == 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import runs
 from flax import linen as nn
-from tiny import SETTINGS, step_of
+from tiny import CLASSES, SETTINGS, centred, step_of
 
 from d2sparse import models, train
 from d2sparse.data import Split
@@ -38,19 +38,20 @@ class Normalised(nn.Module):
         x = nn.Conv(4, (3, 3), name="conv")(x)
         x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
         x = nn.relu(x).mean(axis=(1, 2))
-        return nn.Dense(10, name="head")(x)
+        return nn.Dense(CLASSES, name="head")(x)
 
 
+# Both look at a whole batch.
 NETWORKS = {
-    "perceptron": lambda: models.make_model("lenet_300_100", 10, 0.1),
+    "centred": centred,
     "normalised": lambda: models.from_linen(Normalised()),
 }
 
 
 def make_data(seed):
     rng = np.random.default_rng(seed)
-    images = rng.integers(0, 255, (SIZE, 8, 8, 1), np.uint8)
-    return train.to_device(Split(images, rng.integers(0, 10, SIZE, np.int32)))
+    images = rng.integers(0, 255, (SIZE, 4, 4, 1), np.uint8)
+    return train.to_device(Split(images, rng.integers(0, CLASSES, SIZE, np.int32)))
 
 
 def make_run(name):
@@ -63,15 +64,22 @@ def make_run(name):
 
     step = step_of(model, make_data(0), make_tx, 20, when)
 
-    def init(seed, rate=0.05):
+    @jax.jit
+    def start(data, seed, rate):
         own = {**SETTINGS, "learning_rate": rate}
-        tx, key = make_tx(own, seed), jax.random.key(seed)
-        return train.init_state(model, tx, make_data(seed), key, own)
+        tx, key = make_tx(own, jax.random.key(seed)), jax.random.key(seed)
+        return train.init_state(model, tx, data, key, own)
+
+    def init(seed, rate=0.05):
+        return start(make_data(seed), seed, rate)
 
     return step, init
 
 
-@pytest.fixture(scope="module", params=["perceptron", "normalised"])
+@pytest.fixture(
+    scope="module",
+    params=["centred", pytest.param("normalised", marks=pytest.mark.slow)],
+)
 def network(request):
     step, init = make_run(request.param)
     run = train.make_runner(step)
@@ -80,6 +88,26 @@ def network(request):
         for seed, rate in ((0, 0.05), (1, 0.02))
     }
     return step, init, alone
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(4, 2), pytest.param((8, 1), marks=pytest.mark.slow)],
+    ids=["4 for each of 2 runs", "8 for a batch"],
+)
+def several(network, request):
+    """A runner on a mesh, its traces, and how rows of a batch lie on devices."""
+    step, _, _ = network
+    traces, layouts = [], []
+
+    def watched(state, data, indices):
+        traces.append(None)
+        jax.debug.inspect_array_sharding(indices, callback=layouts.append)
+        return step(state, data, indices)
+
+    data_parallel, many = request.param
+    run = train.make_runner(watched, train.make_mesh(data_parallel, many))
+    return run, data_parallel, traces, layouts
 
 
 def assert_close(state, expected):
@@ -92,18 +120,28 @@ def assert_close(state, expected):
             np.testing.assert_allclose(found, leaf, atol=TOLERANCE, err_msg=path)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_a_batch_on_several_devices_is_the_batch_on_one(network, devices):
-    step, init, alone = network
-    run = train.make_runner(step, train.make_mesh(devices))
-    state = take_steps(run, init(0), make_data(0), Stretch(STEPS, BATCH))
+def test_a_batch_on_several_devices_is_the_batch_on_one_by_one_program(
+    network, several
+):
+    _, init, alone = network
+    run, data_parallel, traces, layouts = several
+    state = take_steps(run, init(0), make_data(0), Stretch(2, BATCH))
+    first = jax.tree.leaves(state.params)[0]
+    state = take_steps(run, state, make_data(0), Stretch(STEPS, BATCH))
     assert_close(state, alone[0])
-    assert all(
-        leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params)
-    )
+    # Devices that share out runs are none of a single run's.
+    for leaf in jax.tree.leaves(state.params):
+        assert leaf.sharding.is_fully_replicated
+        assert len(leaf.devices()) == data_parallel
+    # The second call compiles nothing and moves nothing.
+    assert len(traces) == 1
+    assert first.is_deleted()
+    assert layouts
+    assert all(len(sharding.device_set) == data_parallel for sharding in layouts)
+    assert not any(sharding.is_fully_replicated for sharding in layouts)
 
 
-@pytest.mark.parametrize("data_parallel", [1, 4])
+@pytest.mark.parametrize("data_parallel", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_runs_beside_each_other_are_the_runs_alone(network, data_parallel):
     step, init, alone = network
     mesh = train.make_mesh(data_parallel, runs=2)
@@ -116,63 +154,26 @@ def test_runs_beside_each_other_are_the_runs_alone(network, data_parallel):
         assert_close(state, alone[number])
 
 
-def test_a_single_run_takes_no_devices_that_share_out_runs(network):
-    step, init, alone = network
-    run = train.make_runner(step, train.make_mesh(2, runs=4))
-    state = take_steps(run, init(0), make_data(0), Stretch(STEPS, BATCH))
-    assert_close(state, alone[0])
-    devices = {len(leaf.devices()) for leaf in jax.tree.leaves(state.params)}
-    assert devices == {2}
-
-
-def test_a_row_of_a_batch_lies_on_all_its_devices(network):
-    step, init, _ = network
-    seen = []
-
-    def watched(state, data, indices):
-        jax.debug.inspect_array_sharding(indices, callback=seen.append)
-        return step(state, data, indices)
-
-    run = train.make_runner(watched, train.make_mesh(8))
-    take_steps(run, init(0), make_data(0), Stretch(1, BATCH))
-    assert seen
-    assert all(len(sharding.device_set) == 8 for sharding in seen)
-    assert not any(sharding.is_fully_replicated for sharding in seen)
-
-
 def test_runs_on_devices_of_their_own_do_not_speak_to_each_other():
-    step, init = make_run("perceptron")
-    mesh = train.make_mesh(runs=8)
+    step, init = make_run("centred")
+    mesh = train.make_mesh(runs=2)
     where = train.place(mesh, stacked=True)
-    states = train.stack_runs([init(seed) for seed in range(8)])
-    both = train.stack_runs([make_data(seed) for seed in range(8)])
+    states = train.stack_runs([init(0), init(1)])
+    both = train.stack_runs([make_data(0), make_data(1)])
     many = jax.vmap(
         train.guard(step), in_axes=(train.RUNS, 0, 0), out_axes=(train.RUNS, 0)
     )
-    indices = jnp.zeros((8, BATCH), jnp.int32)
-    given = (states, both, indices)
-    placed = jax.device_put(given, (where.state, where.data, where.data))
-    many = train.apart(many, mesh)
-    compiled = jax.jit(many, out_shardings=(where.state, None)).lower(*placed).compile()
+    many = jax.jit(
+        train.apart(many, mesh),
+        in_shardings=(where.state, where.data, where.data),
+        out_shardings=(where.state, None),
+    )
+    indices = np.zeros((2, BATCH), np.int32)
+    compiled = many.lower(states, both, indices).compile()
+    assert "num_partitions=2" in compiled.as_text()
     kinds = r"(?:all-[a-z-]+|reduce-scatter|collective-[a-z]+)"
     moved = re.findall(rf"= (\S+) {kinds}\(", compiled.as_text())
     assert not moved
-
-
-def test_a_second_call_compiles_nothing_and_moves_nothing(network):
-    step, init, _ = network
-    traces = []
-
-    def counted(*given):
-        traces.append(None)
-        return step(*given)
-
-    run = train.make_runner(counted, train.make_mesh(8))
-    state = take_steps(run, init(0), make_data(0), Stretch(2, BATCH))
-    first = jax.tree.leaves(state.params)[0]
-    state = take_steps(run, state, make_data(0), Stretch(4, BATCH))
-    assert len(traces) == 1
-    assert first.is_deleted()
 
 
 def test_as_many_devices_as_divide_the_runs_share_them():
@@ -196,7 +197,7 @@ def test_a_batch_that_does_not_divide_names_those_that_do(size, choice):
 
 
 def test_runs_at_different_steps_are_refused():
-    _, init = make_run("perceptron")
+    _, init = make_run("centred")
     ahead = init(0)._replace(step=jnp.int32(3))
     with pytest.raises(ValueError, match=r"at one step, got runs at steps \[0, 3\]"):
         train.stack_runs([init(0), ahead])

@@ -16,10 +16,8 @@ from d2sparse.data import Split
 from d2sparse.study import runner, splits, trainings
 from d2sparse.train import Recipe, constrain, make_program, plain
 
-TINY = {
-    **{"steps": 6, "seeds": 1, "progress": False},
-    **{"report_every": 3, "refresh_interval": 2, "growth_samples": 16},
-}
+BRIEF = {"steps": 6, "seeds": 1, "progress": False, "report_every": 3}
+TINY = {**BRIEF, "refresh_interval": 2, "growth_samples": 16}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +27,7 @@ def _quick_compilation():
 
 
 def test_a_run_of_an_axis_is_the_run_of_a_single_value(tmp_path):
-    flags = {**TINY, "methods": ("rigl",), "learning_rate": 0.05}
+    flags = {**BRIEF, "methods": ("static",), "learning_rate": 0.05}
     axes, bare = (
         {"sparsity": (0.5, 0.75)},
         study.Experiment("test", report=lambda c: {}),
@@ -38,7 +36,7 @@ def test_a_run_of_an_axis_is_the_run_of_a_single_value(tmp_path):
     one = study.Config(**flags, sparsity=0.75, workdir=str(tmp_path / "one"))
     for config in (many, one):
         study.compare(config, bare, model=runs.linear(10))
-    names = "rigl-sparsity0.75-seed0", "rigl-seed0"
+    names = "static-sparsity0.75-seed0", "static-seed0"
     found, expected = (
         without_time(read(tmp_path / place / "units" / f"{name}.json"))
         for place, name in zip(("many", "one"), names, strict=True)
@@ -70,19 +68,28 @@ def test_pairs_at_once_are_the_pairs_one_by_one(tmp_path):
 
 
 def small_program(name, shape, monkeypatch, *constraints):
-    """A program as on an accelerator, and its progress at first."""
+    """A program as on an accelerator, and the form of its progress at first."""
     images = np.zeros((100, *shape), np.uint8)
     examples = train.to_device(Split(images, np.zeros(100, np.int32)))
     training = plain(models.make_model(name, 10), examples, Recipe(steps=200))
     with monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")
         program = make_program(constrain(training, *constraints))
-    return program, program.init(jax.random.key(0), examples), examples
+    start = jax.eval_shape(program.init, jax.random.key(0), examples)
+    return program, start._replace(phase=0), examples
 
 
-def test_the_estimate_of_memory_bounds_the_compiled_program(monkeypatch):
+@pytest.mark.parametrize(
+    "constraints",
+    [
+        (),
+        pytest.param((rigl(0.9, Moves(growth_samples=0)),), marks=pytest.mark.slow),
+    ],
+    ids=["dense", "rigl"],
+)
+def test_the_estimate_of_memory_bounds_the_compiled_program(monkeypatch, constraints):
     program, progress, examples = small_program(
-        "convnet_s", (16, 16, 3), monkeypatch, rigl(0.9, Moves(growth_samples=0))
+        "convnet_s", (16, 16, 3), monkeypatch, *constraints
     )
     estimate = train.estimate_memory(program.run, progress.state, examples, 32)
     step = train.guard(train.make_step(program.training))

@@ -10,9 +10,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny import SETTINGS, step_of
+from tiny import CLASSES, SETTINGS, perceptron, step_of
 
-from d2sparse import masks, models, rules
+from d2sparse import masks, rules
 from d2sparse.data import Split
 from d2sparse.distributions import uniform
 from d2sparse.schedules import alternating, cosine, cubic, every
@@ -100,22 +100,24 @@ def wide():
     return jax.experimental.enable_x64()
 
 
-# What the others do is a part of what these do.
-QUICK = ("one_shot_in_iterations", "movement", "granet", "n_of_m")
+def each_rule(**quick):
+    """All rules in every mode; quick are those that the others' parts are parts of.
+
+    Between them they prune in steps, keep a score, grow, and choose by pattern.
+    """
+    return pytest.mark.parametrize(
+        ("name", "mode"),
+        [
+            pytest.param(rule, mode, marks=() if rule in chosen else pytest.mark.slow)
+            for mode, chosen in quick.items()
+            for rule in RULES
+        ],
+    )
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(rule, marks=() if rule in QUICK else pytest.mark.slow)
-        for rule in RULES
-    ]
-)
-def name(request):
-    return request.param
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_64_bits(name, dtype):
+@each_rule(float32=["one_shot_in_iterations"], float64=["movement", "n_of_m"])
+def test_64_bits(name, mode):
+    dtype = np.dtype(mode)
     with wide():
         found = jax.jit(train, static_argnums=0)(
             name, normals(0, dtype), normals(1, dtype)
@@ -123,17 +125,18 @@ def test_64_bits(name, dtype):
         assert_alone(name, found, dtype)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
-def test_half_precision(name, dtype):
+@each_rule(bfloat16=["n_of_m"], float16=["movement"])
+def test_half_precision(name, mode):
+    dtype = jnp.dtype(mode)
     found = jax.jit(train, static_argnums=0)(name, normals(0, dtype), normals(1, dtype))
     assert_alone(name, found, dtype)
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_mesh_of_explicit_axes(name, inside):
+@each_rule(outside=["one_shot_in_iterations", "n_of_m"], inside=["movement"])
+def test_a_mesh_of_explicit_axes(name, mode):
     mesh = jax.make_mesh((2, 2), ("x", "y"))
     put = {path: NamedSharding(mesh, spec) for path, spec in SPECS.items()}
-    with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+    with jax.set_mesh(mesh) if mode == "inside" else contextlib.nullcontext():
         given = jax.device_put((normals(0), normals(1)), (put, put))
         params, live = jax.jit(train, static_argnums=0)(name, *given)
     assert_alone(name, (params, live))
@@ -157,7 +160,9 @@ def test_no_leaf_is_gathered_on_explicit_axes(what):
         assert gathering not in program.as_text()
 
 
-def test_one_network_per_device(name):
+@each_rule(shard_map=["n_of_m"])
+def test_one_network_per_device(name, mode):
+    del mode
     mesh = jax.make_mesh((2,), ("run",))
     put = NamedSharding(mesh, P("run"))
     both = jax.device_put(
@@ -178,7 +183,9 @@ def test_one_network_per_device(name):
         assert_alone(name, jax.tree.map(lambda x, run=run: x[run], found))
 
 
-def test_an_abstract_state_has_the_types_of_a_real_one(name):
+@each_rule(abstract=["movement", "n_of_m"])
+def test_an_abstract_state_has_the_types_of_a_real_one(name, mode):
+    del mode
     tx = sparsify(optax.adam(0.0), RULES[name]())
     abstract = jax.eval_shape(tx.init, normals(0))
     real = tx.init(normals(0))
@@ -196,10 +203,10 @@ def test_numbers_below_all_of_float32_may_be_kept():
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_step_of_training_returns_the_types_it_takes_in_64_bits(optimizer):
     # On accelerators steps are a scan, whose carry has one type.
-    model = models.make_model("lenet_300_100", 10, 0.1)
-    images = np.zeros((8, 8, 8, 1), np.uint8)
+    model = perceptron()
     with wide():
-        data = to_device(Split(images, np.arange(8, dtype=np.int32)))
+        labels = np.arange(8, dtype=np.int32) % CLASSES
+        data = to_device(Split(np.zeros((8, 4, 4, 1), np.uint8), labels))
 
         def make_tx(settings):
             inner = make_optimizer(optimizer, settings["learning_rate"])

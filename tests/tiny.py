@@ -43,6 +43,24 @@ def perceptron():
 
 
 @functools.cache
+def centred():
+    """One kernel, whose outputs have mean 0 over the batch or the running mean."""
+
+    def init(key, x):
+        kernel = jax.random.normal(key, (x[0].size, CLASSES))
+        return {"kernel": kernel}, {"mean": jnp.zeros(CLASSES)}
+
+    def apply(params, model_state, x, *, train):
+        logits = x.reshape(len(x), -1) @ params["kernel"] / 4
+        mean = logits.mean(axis=0) if train else model_state["mean"]
+        if train:
+            model_state = {"mean": 0.9 * model_state["mean"] + 0.1 * mean}
+        return logits - mean.reshape(1, -1), model_state
+
+    return Model(init, apply)
+
+
+@functools.cache
 def images():
     rng = np.random.default_rng(0)
     pixels = rng.integers(256, size=(SIZE, 4, 4, 1)).astype(np.uint8)
