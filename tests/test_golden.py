@@ -157,7 +157,7 @@ def test_experiments_find_what_they_found(case, tmp_path):
 
 def test_rigl_finds_what_it_found(tmp_path):
     changes = {"methods": ("rigl",), "axes": {"sparsity": (0.8,)}}
-    with runs.blank_figures():
+    with runs.quick_compilation(), runs.blank_figures():
         found = run_case("prune", tmp_path / "run", **changes)
     for (name, seed, _), part in found.items():
         (record,) = [r for r in records_of("prune") if record_of(r)[:2] == (name, seed)]
