@@ -104,11 +104,6 @@ def modified(paths):
     return {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
 
 
-def command(module, *words):
-    """Runs an experiment as a user does."""
-    return script("-m", module, *words)
-
-
 def script(*words):
     """Runs Python."""
     return subprocess.run(
