@@ -9,9 +9,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
+from matplotlib.figure import Figure
 
 from d2sparse.models import Model
 from d2sparse.records import reading
+from d2sparse.study import grid
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,6 +25,22 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@contextlib.contextmanager
+def blank_figures():
+    """Figures are made, but left blank: drawing two takes as long as a training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "draw", lambda *_: None)
+        yield
+
+
+@contextlib.contextmanager
+def linear_networks():
+    """Experiments train linear networks, whatever --model says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grid, "named_model", lambda classes: lambda _: linear(classes))
+        yield
 
 
 def linear(classes):
@@ -83,11 +102,6 @@ def without_time(value):
 
 def modified(paths):
     return {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
-
-
-def command(module, *words):
-    """Runs an experiment as a user does."""
-    return script("-m", module, *words)
 
 
 def script(*words):

@@ -5,7 +5,7 @@ import runs
 
 def test_a_killed_run_comes_to_the_same_end(tmp_path):
     out = tmp_path / "report.md"
-    words = ["--kills=1", "--only=compare: d2_consolidated", f"--out={out}"]
+    words = ["--kills=1", "--only=compare: dense", f"--out={out}"]
     done = runs.script("tests/chaos", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     *_, total = [line for line in out.read_text().splitlines() if "|" in line]

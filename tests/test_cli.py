@@ -232,21 +232,19 @@ def test_the_command_runs_and_caches(tmp_path):
     assert (tmp_path / "d2sparse" / "jax").is_dir()
 
 
-@pytest.mark.parametrize(
-    ("flag", "status", "message"),
-    [
-        ("--sparsity=2", 2, "error: sparsity must be in [0, 1), got 2.0; try 0.9\n"),
-        ("--nope", 2, "error: unknown flag --nope (--help lists every flag)\n"),
-        ("--steps=0", 130, STOPPED),
-    ],
-)
-def test_the_command_fails_without_a_traceback(flag, status, message):
-    done = command(flag, JAX_COMPILATION_CACHE_DIR="")
-    assert (done.returncode, done.stdout, done.stderr) == (status, "", message)
+def test_the_command_fails_without_a_traceback():
+    done = command("--steps=0", JAX_COMPILATION_CACHE_DIR="")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", STOPPED)
 
 
-def test_the_traceback_is_there_for_those_who_ask():
-    done = command("--sparsity=2", "--verbosity=1", JAX_COMPILATION_CACHE_DIR="")
-    assert done.returncode == 2
-    assert "Traceback" in done.stderr
-    assert done.stderr.endswith("got 2.0; try 0.9\n")
+@pytest.mark.usefixtures("without_cache")
+def test_the_traceback_is_there_for_those_who_ask(caplog):
+    config = parse("--sparsity=2", "--verbosity=1")
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.run_or_exit(demo_experiment.run, config)
+    finally:
+        parse("--verbosity=-1")
+    assert stopped.value.code == 2
+    assert "Traceback" in caplog.text
+    assert "got 2.0; try 0.9" in caplog.text

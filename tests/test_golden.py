@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 
 from d2sparse import tree
 from d2sparse.study import runner
@@ -154,15 +155,16 @@ def test_experiments_find_what_they_found(case, tmp_path):
         np.testing.assert_allclose(part["nonzeros"], record["nonzeros"], atol=20)
 
 
-def test_static_and_rigl_find_what_they_found(tmp_path):
-    changes = {"methods": ("static", "rigl"), "axes": {"sparsity": (0.8,)}}
-    found = run_case("prune", tmp_path / "run", **changes)
+def test_rigl_finds_what_it_found(tmp_path):
+    changes = {"methods": ("rigl",), "axes": {"sparsity": (0.8,)}}
+    with runs.quick_compilation(), runs.blank_figures():
+        found = run_case("prune", tmp_path / "run", **changes)
     for (name, seed, _), part in found.items():
         (record,) = [r for r in records_of("prune") if record_of(r)[:2] == (name, seed)]
         assert part["nonzeros"] == record["nonzeros"]
         np.testing.assert_allclose(part["nll"], record["nll"], rtol=0.02)
         np.testing.assert_allclose(part["training_macs"], record["training_macs"])
-    assert len(found) == 4
+    assert len(found) == 2
 
 
 def main(cases):

@@ -9,7 +9,7 @@ import pytest
 import runs
 from runs import modified, read, unit_files, without_time
 
-from d2sparse import checkpoint, data, models, records, study, train, tree
+from d2sparse import checkpoint, data, records, study, train, tree
 from d2sparse.lottery import Ticket, round_sparsities
 from d2sparse.study import cli, splits
 from d2sparse.transforms import get_masks
@@ -17,10 +17,9 @@ from experiments import d2_sparse, data_efficient_lth, lottery, prune
 from experiments.lottery import Config
 
 SEEDS = range(2)
-KERNELS, BIASES = 64 * 30 + 30 * 10 + 10 * 10, 30 + 10 + 10
+KERNELS, BIASES = 64 * 10, 10
 TINY = Config(
     seeds=len(SEEDS),
-    width=0.1,
     shift=0,
     steps=12,
     report_every=6,
@@ -37,16 +36,21 @@ RANDOM, MAGNITUDE = "imp-scorerandom", "imp-scoremagnitude"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    with runs.quick_compilation():
+def _quick():
+    with runs.quick_compilation(), runs.blank_figures():
         yield
+
+
+def learn(config, workdir):
+    with runs.linear_networks():
+        return lottery.run(dataclasses.replace(config, workdir=str(workdir)))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The directory and the frame of a finished run."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    return workdir, lottery.run(dataclasses.replace(TINY, workdir=str(workdir)))
+    return workdir, learn(TINY, workdir)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ FOUND = (MAGNITUDE, RANDOM)
 
 
 def load(workdir, name, number, seed=0):
-    model = models.make_model("lenet_300_100", 10, 0.1)
+    model = runs.linear(10)
     x = jax.ShapeDtypeStruct((1, 8, 8, 1), "float32")
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     form = dict(zip(("params", "model_state"), shapes, strict=True))
@@ -156,7 +160,8 @@ def test_the_control_shares_the_first_round_and_nothing_else(finished, tickets):
 
 def test_a_ticket_is_the_early_weights_under_the_masks_of_its_round(tickets):
     draw_splits = splits.make_draw_splits(data.load("digits"))
-    plan, _ = study.make_plans(TINY, draw_splits, 10)
+    with runs.linear_networks():
+        plan, _ = study.make_plans(TINY, draw_splits, 10)
     labelled = draw_splits(TINY, 0).train
     early = plan.program.init(jax.random.key(0), labelled)
     first = plan.training._replace(phases=(train.Phase(REWIND),))
@@ -177,7 +182,7 @@ def test_another_experiment_starts_from_a_ticket(finished, tickets, tmp_path):
     place = finished[0] / "tickets" / f"{MAGNITUDE}-seed0" / ROUNDS[2]
     config = prune.Config(
         seeds=1,
-        width=0.1,
+        shift=0,
         steps=12,
         methods=("fixed",),
         axes={},
@@ -191,7 +196,8 @@ def test_another_experiment_starts_from_a_ticket(finished, tickets, tmp_path):
         begun.append(end.plan)
         return {}
 
-    runs_of = study.compare(config, study.Experiment("prune", examine=examine))
+    experiment = study.Experiment("prune", examine=examine)
+    runs_of = study.compare(config, experiment, model=runs.linear(10))
     assert runs_of["nonzeros"].tolist() == [0.25 * KERNELS + BIASES]
     labelled = splits.make_draw_splits(data.load("digits"))(config, 0).train
     state = begun[0].program.init(jax.random.key(3), labelled).state
@@ -210,8 +216,7 @@ def test_another_experiment_starts_from_a_ticket(finished, tickets, tmp_path):
 
 def test_frozen_weights_leave_a_dense_network_and_no_ticket(finished, tmp_path):
     workdir = tmp_path / "run"
-    config = dataclasses.replace(ONE, methods=("rise",), workdir=str(workdir))
-    lottery.run(config)
+    learn(dataclasses.replace(ONE, methods=("rise",)), workdir)
     rise = parts(workdir, "rise-scoremagnitude")
     assert [own["nonzeros"] for own in rise] == 3 * [KERNELS + BIASES]
     np.testing.assert_allclose([own["pruned"] for own in rise], [0, 0.5, 0.75])
@@ -223,8 +228,7 @@ def test_frozen_weights_leave_a_dense_network_and_no_ticket(finished, tmp_path):
 
 def test_rewinding_the_learning_rate_keeps_the_trained_weights(tickets, tmp_path):
     workdir = tmp_path / "run"
-    config = dataclasses.replace(ONE, rewinding="learning_rate", workdir=str(workdir))
-    lottery.run(config)
+    learn(dataclasses.replace(ONE, rewinding="learning_rate"), workdir)
     first, second = (load(workdir, MAGNITUDE, name) for name in ROUNDS[:2])
     # Up to the first pruning nothing differs, so its masks do not either.
     assert_same(first, tickets[MAGNITUDE][0])
@@ -241,7 +245,7 @@ def test_a_lost_run_is_repeated_with_its_tickets(finished, tmp_path):
     lost = resumed / "tickets" / f"{MAGNITUDE}-seed1"
     shutil.rmtree(lost / ROUNDS[2])
     others = modified((resumed / "tickets" / f"{MAGNITUDE}-seed0").rglob("*"))
-    again = lottery.run(dataclasses.replace(TINY, workdir=str(resumed)))
+    again = learn(TINY, resumed)
     assert sorted(path.name for path in lost.iterdir()) == list(ROUNDS)
     assert others == modified((resumed / "tickets" / f"{MAGNITUDE}-seed0").rglob("*"))
     assert again["nll"].tolist() == frame["nll"].tolist()
@@ -304,11 +308,9 @@ def test_epochs_are_passes_over_the_labels():
 
 
 def test_a_search_that_diverges_is_a_failure_in_the_table(tmp_path):
-    config = dataclasses.replace(
-        ONE, rounds=1, learning_rate=1e38, on_nonfinite="skip", workdir=str(tmp_path)
-    )
+    config = dataclasses.replace(ONE, rounds=1, learning_rate=1e38, on_nonfinite="skip")
     with pytest.raises(FloatingPointError, match="all 1 runs have failed"):
-        lottery.run(config)
+        learn(config, tmp_path)
     (why,) = read(tmp_path / "summary.json")["failed"].values()
     assert why.startswith("its predictions are not finite after ")
     table = (tmp_path / "table.md").read_text()

@@ -28,11 +28,14 @@ from experiments.scaling.tables import CHECKED, CHECKED_WIDE, bytes_table
 KEY = jax.random.key(0)
 # Compiling takes nearly all the time: every method with every number of devices, but
 # not with every tree.
-CASES = [
-    *(("small", method, 8) for method in METHODS),
+MORE = [
     *(("small", "RigL", n) for n in (2, 4)),
     ("small", "magnitude, each leaf", 4),
     ("small", "magnitude, global", 2),
+]
+CASES = [
+    *(("small", method, 8) for method in METHODS),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE),
     ("wide", "magnitude, each leaf", 2),
     ("wide", "magnitude, global", 4),
     ("wide", "RigL", 8),
@@ -102,15 +105,23 @@ def test_the_memory_is_within_its_formulae(model, method, devices):
     assert least <= memory.temp_size_in_bytes <= most
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_sharded_masks_are_those_of_one_device(method):
+@pytest.mark.parametrize(
+    ("method", "counts"),
+    [
+        *((method, (8,)) for method in METHODS),
+        pytest.param("RigL", (2, 4), marks=pytest.mark.slow),
+        pytest.param("magnitude, each leaf", (4,), marks=pytest.mark.slow),
+        pytest.param("magnitude, global", (2,), marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_masks_are_those_of_one_device(method, counts):
     params, grads = normals(1, CHECKED), normals(2, CHECKED)
     rule = METHODS[method].rule
     begin = rule.init(params, KEY) if method == "RigL" else dense_masks(params)
     expected = jax.jit(rule.update)(begin, params, grads, 0, KEY)
     live = sum(int(mask.sum()) for mask in expected.values())
     assert 0 < live < leaves.num_weights(CHECKED) / 2
-    for devices in (n for tree, name, n in CASES if (tree, name) == ("small", method)):
+    for devices in counts:
         put = leaves.make_shardings(CHECKED, devices)
         arguments = jax.device_put((begin, params, grads), (put, put, put))
         whole = NamedSharding(put["d"].mesh, PartitionSpec())
@@ -142,7 +153,9 @@ def test_runs_on_devices_of_their_own_send_a_byte_a_check():
     assert operations_of(program) == [Collective("all-reduce", (1,), in_search=True)]
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize(
+    "devices", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))]
+)
 def test_sorting_gathers_what_the_formula_says(devices):
     shardings = leaves.make_shardings(CHECKED, devices)
     gathers = operations_of(compile_sort(CHECKED, shardings))

@@ -6,7 +6,7 @@ The trainings are stood in for by results.
 import dataclasses
 
 import pytest
-from runs import read
+from runs import blank_figures, linear_networks, read
 
 from d2sparse import records, study
 from d2sparse.data import CORRUPTIONS
@@ -19,7 +19,7 @@ RESULT = {
     "calibration": {"count": [1], "confidence": [0.5], "correct": [1]},
     "corrupted": {f"{name}-3": 0.5 for name in CORRUPTIONS},
 }
-TINY = {"seeds": 1, "width": 0.05, "steps": 8}
+TINY = {"seeds": 1, "steps": 8}
 PAIR = {**TINY, "methods": ("dense", "static")}
 # Two runs of each. Here anytime joins once it is a comparison:
 #   "anytime": (anytime.run, anytime.Config(...)),
@@ -31,6 +31,12 @@ EXPERIMENTS = {
     "lottery": (lottery.run, lottery.Config(**TINY, rounds=1)),
 }
 EACH = pytest.mark.parametrize(("run", "config"), EXPERIMENTS.values(), ids=EXPERIMENTS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with blank_figures(), linear_networks():
+        yield
 
 
 @pytest.fixture

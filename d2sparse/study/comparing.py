@@ -62,12 +62,12 @@ def compare(
     """Trains what has not finished yet, reports on it, and returns a row a run.
 
     >>> import tempfile
-    >>> config = Config(methods=("dense", "rigl"), steps=4, refresh_interval=2, seeds=1,
+    >>> config = Config(methods=("dense", "static"), steps=4, seeds=1, shift=0,
     ...                 progress=False, workdir=tempfile.mkdtemp())
     >>> runs = compare(config)  # doctest: +ELLIPSIS
     /...
     >>> runs["method"].tolist()
-    ['dense', 'rigl']
+    ['dense', 'static']
 
     Args:
       config: the flags.

@@ -40,6 +40,15 @@ SCENARIOS = [
         [*TINY, "--seeds=2", "--methods=rigl,imp,d2_sparse", "--rounds=2"],
     ),
     Scenario(
+        "compare: dense",
+        "experiments.compare",
+        [
+            *(word for word in TINY if "refresh" not in word and "growth" not in word),
+            "--seeds=1",
+            "--methods=dense",
+        ],
+    ),
+    Scenario(
         "compare: d2_consolidated",
         "experiments.compare",
         [*TINY, "--seeds=1", "--methods=d2_consolidated"],
