@@ -281,6 +281,13 @@ def test_a_larger_decay_of_the_thresholds_leaves_fewer_weights(zoo):
     assert zoo[0]["str"]["nonzeros"] - BIASES < size
 
 
+def test_the_narrow_network_has_no_more_numbers_than_the_sparse_one():
+    sparse = plan_of("static", layers=3, sparsity=0.75).training.network
+    narrow = plan_of("dense_narrow", layers=3, sparsity=0.75).training.network
+    kept = tree.size(sparse.params) - sparse.weights + round(0.25 * sparse.weights)
+    assert 0.5 * kept < tree.size(narrow.params) <= kept
+
+
 def test_powers_begin_as_the_dense_network():
     dense = begun(plan_of("dense")).state
     theta = begun(plan_of("powerprop", sparsity=0.5)).state
