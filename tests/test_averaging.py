@@ -1,15 +1,17 @@
 """Averages of weights against numpy, under masks, and beside any optimiser."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import start
+from tiny import SIZE, images, perceptron, start
 
 from d2sparse import rules, train
 from d2sparse.masks import apply_masks
-from d2sparse.models import resnet8
 from d2sparse.schedules import constant, every
 from d2sparse.transforms import (
     average_weights,
@@ -22,25 +24,20 @@ from d2sparse.transforms import (
 STEPS = 12
 
 
-def walk(tx, params, steps=STEPS, **extra):
+def walk(tx, params, average=get_average, **extra):
     """The parameters and the average after every update, from random gradients."""
-    state, key = tx.init(params), jax.random.key(0)
+    state, rng = tx.init(params), np.random.default_rng(0)
 
     @jax.jit
-    def step(params, state, number):
-        shapes = jax.tree.map(lambda x: x.shape, params)
-        grads = jax.tree.map(
-            lambda shape: jax.random.normal(jax.random.fold_in(key, number), shape),
-            shapes,
-            is_leaf=lambda x: isinstance(x, tuple),
-        )
+    def step(params, state, grads):
         updates, state = tx.update(grads, state, params, **extra)
-        return optax.apply_updates(params, updates), state
+        return optax.apply_updates(params, updates), average(state), state
 
     seen = []
-    for number in range(steps):
-        params, state = step(params, state, number)
-        seen.append((params, get_average(state), state))
+    for _ in range(STEPS):
+        grads = {p: np.float32(rng.normal(size=x.shape)) for p, x in params.items()}
+        seen.append(step(params, state, grads))
+        params, _, state = seen[-1]
     return seen
 
 
@@ -52,10 +49,32 @@ def weights(seed=0):
     }
 
 
-@pytest.mark.parametrize("begin", [0, 4, STEPS + 1])
-@pytest.mark.parametrize("horizon", [None, 1.0, 3.0])
+CASES = list(itertools.product([0, 4, STEPS + 1], [None, 1.0, 3.0]))
+
+
+@functools.cache
+def averages():
+    """All cases in one program: parameters and averages after every update."""
+    plain = optax.sgd(0.1)
+    each = [average_weights(plain, *case) for case in CASES]
+
+    def update(grads, states, params):
+        updates, after = zip(
+            *(tx.update(grads, s, params) for tx, s in zip(each, states, strict=True)),
+            strict=True,
+        )
+        return updates[0], after
+
+    together = optax.GradientTransformation(
+        lambda params: tuple(tx.init(params) for tx in each), update
+    )
+    return walk(together, weights(), lambda states: [*map(get_average, states)])
+
+
+@pytest.mark.parametrize(("begin", "horizon"), CASES)
 def test_the_average_is_that_of_numpy(begin, horizon):
-    seen = walk(average_weights(optax.sgd(0.1), begin, horizon), weights())
+    number = CASES.index((begin, horizon))
+    seen = [(params, found[number], state) for params, found, state in averages()]
     trail = [np.asarray(params["kernel"], float) for params, _, _ in seen]
     expected = trail[0]
     for number, (_, average, _) in enumerate(seen):
@@ -70,23 +89,18 @@ def test_the_average_is_that_of_numpy(begin, horizon):
 
 
 def test_the_plain_average_is_the_mean_of_the_tail():
-    seen = walk(average_weights(optax.sgd(0.1), begin=4), weights())
-    tail = np.mean([params["bias"] for params, _, _ in seen[4:]], axis=0)
-    np.testing.assert_allclose(seen[-1][1]["bias"], tail, atol=1e-6)
+    tail = np.mean([params["bias"] for params, _, _ in averages()[4:]], axis=0)
+    found = averages()[-1][1][CASES.index((4, None))]
+    np.testing.assert_allclose(found["bias"], tail, atol=1e-6)
 
 
 def test_the_training_is_left_as_it_is():
     plain = optax.adam(0.1)
-    tx = average_weights(plain, begin=2)
-    state = plain.init(weights())
-    params = weights()
-    for number, (seen, _, _) in enumerate(walk(tx, weights())):
-        key = jax.random.fold_in(jax.random.key(0), number)
-        grads = jax.tree.map(lambda x, key=key: jax.random.normal(key, x.shape), params)
-        updates, state = plain.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+    seen = walk(average_weights(plain, begin=2), weights())
+    expected = walk(plain, weights(), lambda state: None)
+    for (params, _, _), (alone, _, _) in zip(seen, expected, strict=True):
         for path in params:
-            np.testing.assert_allclose(seen[path], params[path], atol=1e-6)
+            np.testing.assert_allclose(params[path], alone[path], atol=1e-6)
 
 
 def test_under_moving_masks_the_average_is_zero_where_the_weights_are():
@@ -127,7 +141,9 @@ def test_the_state_shares_no_buffer_with_the_parameters():
     jax.jit(lambda p, s: (p, s), donate_argnums=(0, 1))(params, state)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)]
+)
 def test_half_precision_is_averaged_in_float32_and_returned_as_it_is(dtype):
     params = {"w": jnp.ones(3, dtype), "x": jnp.ones(2)}
     tx = average_weights(optax.sgd(1.0))
@@ -217,30 +233,15 @@ def test_without_a_gradient_there_is_no_uphill():
 
 
 def test_statistics_are_taken_from_the_data_and_not_from_the_past():
-    model = resnet8(width=2)
-    rng = np.random.default_rng(0)
-    images = rng.integers(256, size=(20, 8, 8, 1)).astype(np.uint8)
-    data = train.Data(
-        jnp.asarray(images), jnp.zeros(20, jnp.int32), jnp.zeros(1), jnp.ones(1)
-    )
-    params, fresh = model.init(jax.random.key(0), train.inputs(data))
-    spoilt = jax.tree.map(lambda x: x + 5.0, fresh)
-    statistics = train.make_program(train.plain(model, data)).statistics
-    key = jax.random.key(1)
-    first, second = (statistics(params, s, data, key) for s in (fresh, spoilt))
-    stem = jax.tree_util.tree_leaves_with_path(first)
-    for (path, a), b in zip(stem, jax.tree.leaves(second), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-3, err_msg=str(path))
-    kernel = params["stem_conv"]["kernel"]
-    x = jax.lax.conv_general_dilated(
-        train.inputs(data),
-        kernel,
-        (1, 1),
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    mean = first["batch_stats"]["stem_norm"]["mean"]
-    np.testing.assert_allclose(mean, x.mean((0, 1, 2)), rtol=1e-2, atol=1e-3)
+    program = train.make_program(start(batch_size=SIZE))
+    x, key = train.inputs(images()), jax.random.key(1)
+    params, fresh = perceptron().init(jax.random.key(0), x)
+    spoilt = {"mean": fresh["mean"] + 5}
+    kernel = np.asarray(params["first"]["kernel"])
+    expected = (np.asarray(x).reshape(SIZE, -1) @ kernel).mean(axis=0)
+    for state in (fresh, spoilt):
+        found = program.statistics(params, state, images(), key)["mean"]
+        np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-3)
 
 
 def test_a_network_without_statistics_needs_none():

@@ -483,7 +483,7 @@ def alone():
     return pair, both, Dual(*ends)
 
 
-@pytest.mark.parametrize("fast", [0.0, 1.0])
+@pytest.mark.parametrize("fast", [1.0, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_an_untaught_learner_moves_as_if_it_were_alone(fast):
     """The gradient of the fast loss with respect to the slow network is zero."""
     pair, both, ends = alone()

@@ -85,28 +85,32 @@ def nan_at(path, values):
     return tree.map_with_path(lambda p, x: x * (math.nan if p == path else 1.0), values)
 
 
+REFRESHED = sparsify(optax.sgd(0.1), rules.rigl(0.5), every(1))
+
+
+@jit
+def refreshed(params, grads, growth, state):
+    """The state of RigL's optimiser after a step."""
+    return REFRESHED.update(grads, state, params, growth_fn=lambda: growth)[1]
+
+
 @pytest.mark.parametrize("where", ["weights", "gradients", "growth gradients"])
 def test_nan_at_a_refresh_is_noted_by_compiled_steps_and_names_the_leaf(where):
-    tx = sparsify(optax.sgd(0.1), rules.rigl(0.5), every(1))
-    params = apply_masks(normals(0), get_masks(tx.init(normals(0))))
+    params = apply_masks(normals(0), get_masks(REFRESHED.init(normals(0))))
     broken = nan_at("head/kernel", params)
     growth = broken if where == "growth gradients" else params
 
-    @jit
-    def step(params, grads, state):
-        return tx.update(grads, state, params, growth_fn=lambda: growth)[1]
-
     weights = broken if where == "weights" else params
     grads = broken if where == "gradients" else params
-    state = step(weights, grads, tx.init(params))
+    state = refreshed(weights, grads, growth, REFRESHED.init(params))
     check_refreshes(state)  # Not yet: step 0 does not refresh.
-    state = step(weights, grads, state)
+    state = refreshed(weights, grads, growth, state)
     if where == "gradients":  # They are not what the rule is shown.
         check_refreshes(state)
         return
     with pytest.raises(ValueError, match=r"got NaN in \['head/kernel'\]; lower the"):
         check_refreshes((optax.EmptyState(), state))  # However deep.
-    state = step(params, params, state)
+    state = refreshed(params, params, params, state)
     with pytest.raises(ValueError, match="head/kernel"):
         check_refreshes(state)  # It is not forgotten.
 
@@ -135,7 +139,16 @@ def test_growth_gradients_of_all_leaves_reach_one_branch_of_a_partition():
         check_refreshes(state)
 
 
-@pytest.mark.parametrize("name", ["movement", "sparse_momentum", "rigl", "granet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rigl",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("movement", "sparse_momentum", "granet")
+        ),
+    ],
+)
 def test_a_refresh_may_be_traced_outside_of_compiled_functions(name):
     rule = {
         "movement": rules.movement(lambda step: 0.5),
@@ -180,7 +193,10 @@ def frozen_run(tx, params, steps=4):
     return params, state
 
 
-@pytest.mark.parametrize("inner", [optax.sgd(0.1, 0.9), optax.adamw(0.1)])
+@pytest.mark.parametrize(
+    "inner",
+    [optax.sgd(0.1, 0.9), pytest.param(optax.adamw(0.1), marks=pytest.mark.slow)],
+)
 def test_frozen_weights_hold_their_bits_and_live_ones_train_as_under_sparsify(inner):
     params = jax.tree.map(jnp.asarray, normals(0))
     rule = rules.static(0.5)

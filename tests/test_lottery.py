@@ -180,7 +180,10 @@ def program(case):
     """`ROUNDS` prunings; the case "averaged" keeps an average of the weights too."""
     mixed = (averaged(0.4),) if case == "averaged" else ()
     pruned = iterative_magnitude(SPARSITY, ROUNDS, CASES[case])
-    return make_program(constrain(start(steps=STEPS), pruned, *mixed))
+    made = make_program(constrain(start(steps=STEPS), pruned, *mixed))
+    # The others differ between rounds alone: their steps are one program.
+    own_steps = case in ("weights", "frozen", "averaged")
+    return made if own_steps else made._replace(run=program("weights").run)
 
 
 @functools.cache

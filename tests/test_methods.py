@@ -1,4 +1,4 @@
-"""Every method that prunes, as an experiment at tiny size: numbers, masks, costs."""
+"""Every method, as an experiment at tiny size: numbers, masks, costs, resumption."""
 
 import dataclasses
 import itertools
@@ -12,15 +12,19 @@ import runs
 from runs import read, unit_files
 
 from d2sparse import data, macs, models, scores, study, train, tree
+from d2sparse.checkpoint import Checkpoints
 from d2sparse.constraints import METHODS
 from d2sparse.constraints.scored import per_output
 from d2sparse.lottery import Ticket
+from d2sparse.models.mlp import MLP
 from d2sparse.reparam import powerprop
 from d2sparse.study import splits, trainings
 from d2sparse.transforms import get_masks
 from experiments import prune
 
-KERNELS, BIASES = 64 * 30 + 30 * 10 + 10 * 10, 30 + 10 + 10
+# A network of one layer compiles in a moment; how layers share is tested with three.
+ONE_LAYER = models.from_linen(MLP((), 10))
+KERNELS, BIASES = 64 * 10, 10
 LIVE = round(0.25 * KERNELS)
 TINY = prune.Config(
     seeds=1,
@@ -32,7 +36,9 @@ TINY = prune.Config(
     growth_samples=64,
     group=2,
     score_samples=64,
-    threshold_decay=2.0,  # Enough for zeros within so few steps.
+    threshold_decay=0.5,  # Enough for zeros within so few steps.
+    rounds=2,
+    pair_rule="set",  # Compiles sooner than RigL.
     progress=False,
     axes={"sparsity": (0.75,)},
 )
@@ -44,6 +50,13 @@ GRANET = (4 * 0.5, 3 * (0.25 + 0.25 * 0.5**3), 5 * 0.25)
 GROWTH = 64 / 32 / 12 / 3
 COST = {
     "dense": 1,
+    "dense_short": 5 / 12,  # What RigL costs.
+    "dense_smoothed": 1,
+    "dense_averaged": 1,
+    "dense_sharp": 2,
+    "self_distilled": 2 + 1 / 3,  # The teacher, and its forward passes.
+    "dense_mutual": 2,
+    "dense_ensemble": 2,
     "random": RAMP,
     "static": 0.25,
     "one_shot": (7 + 5 * 0.25) / 12,
@@ -51,6 +64,8 @@ COST = {
     "movement": RAMP,
     "set": 0.25,
     "rigl": 0.25 + 2 * (2 * 0.25 + 1) * GROWTH,
+    "rigl_averaged": 0.25 + 2 * (2 * 0.25 + 1) * GROWTH,
+    "rigl_half": 0.125 + 2 * (2 * 0.125 + 1) * GROWTH,
     "sparse_momentum": (2 * 0.25 + 1) / 3,
     "granet": sum(GRANET) / 12
     + (2 * 0.5 + 1 + 2 * (0.25 + 0.25 * 0.5**3) + 1) * GROWTH,
@@ -63,8 +78,30 @@ COST = {
     "synflow": 0.25,
     "fisher": 0.25,
     "wanda": (6 + 6 * 0.25) / 12,  # Pruned between two steps.
+    # Rounds at 1, 0.5 and 0.25, the later ones rewound to step 1; those of soup and
+    # swamp are whole and of two networks, the first one of soup of one.
+    "imp": 1 + (0.5 + 0.25) * 11 / 12,
+    "rise": 1 + 2 * 11 / 12,
+    "imp_capped": (1 + 0.25 ** (1 / 3) + 0.25 ** (2 / 3) + 0.25) * 6 / 12,
+    "soup": 1 + 2 * (0.5 + 0.25),
+    "swamp": 2 * (1 + 0.5 + 0.25),
+    # Two networks of half of the weights; their masks move without gradients.
+    **dict.fromkeys(
+        ("uncoupled_pair", "uncoupled_annealed", "uncoupled_averaged"), 0.25
+    ),
+    **dict.fromkeys(("d2_sparse", "d2_annealed", "d2_views", "d2_confident"), 0.25),
+    "d2_averaged_views": 0.25,
+    **dict.fromkeys(("d2_sharp", "d2_averaged_sharp"), 0.5),
 }
-ZOO = (*COST, "str")
+# The others are trained by themselves: on a ticket, and as a narrower network.
+MASKED = [
+    name
+    for name in COST
+    if name not in ("top_kast", "sr_ste", "self_distilled", "rise")
+    and not name.startswith(("dense", "uncoupled", "d2"))
+]
+DENSE = ("self_distilled", "rise")  # Frozen weights of rise stay.
+ZOO = tuple(name for name in METHODS if name not in ("fixed", "dense_narrow"))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -75,17 +112,18 @@ def _quick_compilation():
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
-    """Results and final state of every method, from one comparison."""
+    """Results and end of the run of every method, from one comparison."""
     ends = {}
 
     def remember(end):
-        ends[end.plan.row.method] = end.state
+        ends[end.plan.row.method] = end
         return {}
 
     config = dataclasses.replace(
         TINY, methods=ZOO, workdir=str(tmp_path_factory.mktemp("runs") / "zoo")
     )
-    frame = study.compare(config, study.Experiment("zoo", examine=remember))
+    bare = study.Experiment("zoo", examine=remember, report=lambda comparison: {})
+    frame = study.compare(config, bare, model=ONE_LAYER)
     rows = {row["method"]: row for row in frame.to_dict("records")}
     return rows, ends
 
@@ -97,24 +135,49 @@ def examples(config=TINY):
     return DIGITS(config, 0).train
 
 
-def plan_of(name, **flags):
+def plan_of(name, layers=1, **flags):
     config = dataclasses.replace(TINY, methods=(name,), axes={}, group=4)
     used = study.flags_used([METHODS[name]], config)
     own = {k: v for k, v in vars(TINY).items() if k in used and k != "sparsity"}
-    shared = ("score_samples", "threshold_decay", "growth_samples", "refresh_interval")
+    shared = (
+        *("score_samples", "threshold_decay", "growth_samples", "refresh_interval"),
+        *("rounds", "pair_rule"),
+    )
     reset = {k: getattr(study.Config, k) for k in shared if k not in used}
     config = dataclasses.replace(config, **(reset | own | flags))
-    (plan,) = study.make_plans(config, DIGITS, 10)
+    build = (lambda flags: ONE_LAYER) if layers == 1 else None
+    (plan,) = study.make_plans(config, DIGITS, 10, build)
     return plan
 
 
-def learned(name, watch=None, **flags):
+def learned(name, **flags):
     """The plan, the initial and the trained state of one method."""
     program = (plan := plan_of(name, **flags)).program
     begin = program.init(jax.random.key(0), examples())
     copied = jax.tree.map(jnp.copy, begin.state)
-    end = train.fit(program, begin, examples(), watch)
+    end = train.fit(program, begin, examples())
     return plan, copied, program.training.finish(end, examples(), program)
+
+
+def begun(plan):
+    return plan.program.init(jax.random.key(0), examples())
+
+
+def entered(plan, progress=None):
+    """The state after what happens between the steps of a method, without these."""
+    progress = progress or begun(plan)
+    for phase in plan.training.phases:
+        progress = phase.enter(progress, examples(), plan.program)
+    return progress.state
+
+
+def random_weights(progress):
+    """The progress with other weights, biases included."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), progress.state.params
+    )
+    return progress._replace(state=progress.state._replace(params=params))
 
 
 def kernels(values):
@@ -131,9 +194,8 @@ def live(plan, state):
     return kernels(plan.training.masks(state).used[0])
 
 
-def saved_ticket(directory, width=TINY.width):
-    """A ticket of a network of that width, in which every other weight is live."""
-    model = models.make_model("lenet_300_100", 10, width)
+def saved_ticket(directory, model=ONE_LAYER):
+    """A ticket of a network in which every other weight is live."""
     params, state = model.init(jax.random.key(5), train.inputs(examples()))
     masks = tree.map_with_path(
         lambda path, leaf: (
@@ -148,14 +210,33 @@ def saved_ticket(directory, width=TINY.width):
     return ticket
 
 
+@pytest.mark.parametrize("name", ZOO)
+def test_a_method_predicts_and_has_the_numbers_of_its_masks(name, zoo):
+    row, end = zoo[0][name], zoo[1][name]
+    assert 0 < row["accuracy"] < 1
+    assert np.isfinite(row["nll"])
+    assert row["relative_macs"] > 0
+    masks = end.program.training.masks(end.state)
+    sizes = jax.tree.map(jnp.shape, end.program.training.network.params)
+    for found in (*masks.used, *masks.trained, *masks.stored):
+        assert jax.tree.map(jnp.shape, found) == sizes
+    stored = sum(int(np.sum(m)) for m in jax.tree.leaves(masks.stored))
+    assert row["nonzeros"] == stored
+
+
 @pytest.mark.parametrize("name", COST)
 def test_a_method_reaches_the_numbers_that_it_was_asked_for(name, zoo):
     # 1:2 is as sparse as pairs can be.
-    left = {"dense": KERNELS, "sr_ste": KERNELS // 2}.get(name, LIVE)
+    left = {"sr_ste": KERNELS // 2, "rigl_half": KERNELS // 8}.get(name, LIVE)
+    left = KERNELS if name in DENSE or name.startswith("dense") else left
+    networks = 1
+    if name in ("dense_mutual", "dense_ensemble"):
+        networks, left = 2, 2 * KERNELS
+    elif name.startswith(("d2", "uncoupled")):
+        networks = 2
     row = zoo[0][name]
-    assert row["nonzeros"] == left + BIASES
-    np.testing.assert_allclose(row["zeros"], 1 - left / KERNELS, atol=1e-12)
-    assert 0 < row["accuracy"] < 1
+    assert row["nonzeros"] == left + networks * BIASES
+    np.testing.assert_allclose(row["zeros"], 1 - left / networks / KERNELS, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", COST)
@@ -163,25 +244,25 @@ def test_training_costs_what_the_masks_of_every_step_say(name, zoo):
     np.testing.assert_allclose(zoo[0][name]["relative_macs"], COST[name], rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(set(COST) - {"dense", "top_kast", "sr_ste"}))
+@pytest.mark.parametrize("name", MASKED)
 def test_what_is_pruned_is_zero_and_what_is_left_is_stored(name, zoo):
     rows, ends = zoo
-    masks = kernel_masks(ends[name])
+    masks = kernel_masks(ends[name].state)
     count = sum(mask.sum() for mask in masks.values())
     assert count + BIASES == rows[name]["nonzeros"]
-    for path, weight in kernels(ends[name].params).items():
+    for path, weight in kernels(ends[name].state.params).items():
         np.testing.assert_array_equal(weight[~masks[path]], 0)
 
 
 @pytest.mark.parametrize("name", ["top_kast", "sr_ste"])
 def test_latent_weights_stay_dense(name, zoo):
     rows, ends = zoo
-    assert all(np.all(weight) for weight in kernels(ends[name].params).values())
+    assert all(np.all(weight) for weight in kernels(ends[name].state.params).values())
     assert rows[name]["nonzeros"] < KERNELS
 
 
 def test_soft_thresholds_find_a_sparsity_of_their_own(zoo):
-    row, params = zoo[0]["str"], zoo[1]["str"].params
+    row, params = zoo[0]["str"], zoo[1]["str"].state.params
     assert np.isnan(row["sparsity"])
     zeros = 0
     for path, weight in kernels(params["params"]).items():
@@ -194,17 +275,22 @@ def test_soft_thresholds_find_a_sparsity_of_their_own(zoo):
     assert 1 - row["zeros"] < row["relative_macs"] < 1
 
 
-def test_a_larger_decay_of_the_thresholds_leaves_fewer_weights():
-    def count(decay):
-        plan, _, end = learned("str", threshold_decay=decay)
-        return sum(mask.sum() for mask in live(plan, end).values())
+def test_a_larger_decay_of_the_thresholds_leaves_fewer_weights(zoo):
+    plan, _, end = learned("str", threshold_decay=0.0)
+    size = sum(mask.sum() for mask in live(plan, end).values())
+    assert zoo[0]["str"]["nonzeros"] - BIASES < size
 
-    assert count(2.0) < count(1.0) < count(0.0)
+
+def test_the_narrow_network_has_no_more_numbers_than_the_sparse_one():
+    sparse = plan_of("static", layers=3, sparsity=0.75).training.network
+    narrow = plan_of("dense_narrow", layers=3, sparsity=0.75).training.network
+    kept = tree.size(sparse.params) - sparse.weights + round(0.25 * sparse.weights)
+    assert 0.5 * kept < tree.size(narrow.params) <= kept
 
 
 def test_powers_begin_as_the_dense_network():
-    _, dense, _ = learned("dense")
-    _, theta, _ = learned("powerprop", sparsity=0.5)
+    dense = begun(plan_of("dense")).state
+    theta = begun(plan_of("powerprop", sparsity=0.5)).state
     for path, weight in kernels(dense.params).items():
         latent = kernels(theta.params)[path]
         np.testing.assert_allclose(latent * np.abs(latent), weight, rtol=1e-5)
@@ -222,23 +308,19 @@ def test_powers_go_on_from_a_ticket_with_its_weights(tmp_path):
 
 
 def test_wanda_keeps_as_many_weights_of_every_output(zoo):
-    for mask in kernel_masks(zoo[1]["wanda"]).values():
+    for mask in kernel_masks(zoo[1]["wanda"].state).values():
         count = mask.sum(axis=0)
         assert count.max() - count.min() <= 1
 
 
-def test_wanda_prunes_a_trained_network_by_its_own_activations():
-    seen = {}
-
-    def report(progress, logs):
-        del logs
-        state = progress.state
-        seen[int(state.step)] = jax.device_get(state.params), kernel_masks(state)
-
+def test_wanda_prunes_by_its_own_activations_to_the_sparsities_of_the_table():
     size = len(examples().labels)
-    watch = train.Watch(every=5, report=report)
-    learned("wanda", watch, score_samples=size, sparsity=0.75)
-    (params, _), (_, masks) = seen[6], seen[10]
+    flags = {"score_samples": size, "layer_sparsities": TABLE, "sparsity": 0.75}
+    plan = plan_of("wanda", layers=3, **flags)
+    progress = random_weights(begun(plan))
+    params = jax.device_get(progress.state.params)
+    masks = kernel_masks(entered(plan, progress))
+    assert_table(masks)
     x = np.asarray(train.inputs(examples())).reshape(size, -1)
     for layer in ("dense1", "dense2", "head"):
         kernel = params[layer]["kernel"]
@@ -249,9 +331,11 @@ def test_wanda_prunes_a_trained_network_by_its_own_activations():
 
 
 def test_wanda_compares_all_weights_where_the_distribution_is_global():
-    masks = kernel_masks(learned("wanda", distribution="global", sparsity=0.75)[2])
+    masks = kernel_masks(
+        entered(plan_of("wanda", distribution="global", sparsity=0.75))
+    )
     assert sum(mask.sum() for mask in masks.values()) == LIVE
-    count = masks["dense1/kernel"].sum(axis=0)
+    count = masks["head/kernel"].sum(axis=0)
     assert count.max() - count.min() > 1
 
 
@@ -269,19 +353,35 @@ def test_outputs_share_what_is_eligible(count):
         assert set(np.flatnonzero(kept)) <= set(np.argsort(-ranks)[: kept.sum()])
 
 
-@pytest.mark.parametrize("name", ["static", "gradual", "wanda"])
-def test_named_leaves_have_the_sparsity_of_the_table(name):
-    table = ("head*:0.3", "dense[2]/*:0.5")
-    masks = kernel_masks(learned(name, layer_sparsities=table, sparsity=0.75)[2])
+TABLE = ("head*:0.3", "dense[2]/*:0.5")
+
+
+def assert_table(masks):
     count = {path: mask.sum() for path, mask in masks.items()}
     assert (count["head/kernel"], count["dense2/kernel"]) == (70, 150)
-    assert sum(count.values()) == LIVE
+    assert sum(count.values()) == round(0.25 * (64 * 30 + 30 * 10 + 10 * 10))
 
 
-def test_random_patterns_share_the_budget_by_erk_and_magnitudes_globally(zoo):
+def test_named_leaves_have_the_sparsity_of_the_table():
+    plan = plan_of("static", layers=3, layer_sparsities=TABLE, sparsity=0.75)
+    assert_table(kernel_masks(begun(plan).state))
+
+
+@pytest.mark.slow
+def test_pruning_in_training_comes_to_the_sparsities_of_the_table():
+    flags = {"layers": 3, "layer_sparsities": TABLE, "sparsity": 0.75}
+    assert_table(kernel_masks(learned("gradual", **flags)[2]))
+
+
+def test_random_patterns_share_the_budget_by_erk_and_magnitudes_globally():
+    states = {
+        name: begun(plan_of(name, layers=3, sparsity=0.75)).state
+        for name in ("static", "set", "rigl", "sparse_momentum")
+    }
+    states["gradual"] = learned("gradual", layers=3, sparsity=0.75)[2]
     density = {
-        name: {path: mask.mean() for path, mask in kernel_masks(zoo[1][name]).items()}
-        for name in ("static", "set", "rigl", "sparse_momentum", "gradual")
+        name: {path: mask.mean() for path, mask in kernel_masks(state).items()}
+        for name, state in states.items()
     }
     for name in ("set", "rigl", "sparse_momentum"):
         assert density[name] == density["static"] != density["gradual"]
@@ -292,15 +392,15 @@ def test_random_patterns_share_the_budget_by_erk_and_magnitudes_globally(zoo):
 
 
 def test_methods_move_masks_or_keep_them(zoo):
-    drawn = kernel_masks(zoo[1]["static"])
+    drawn = kernel_masks(zoo[1]["static"].state)
     for name in ("set", "rigl", "sparse_momentum"):
-        masks = kernel_masks(zoo[1][name])
+        masks = kernel_masks(zoo[1][name].state)
         assert any(np.any(mask != drawn[path]) for path, mask in masks.items())
 
 
 def test_the_cost_of_a_static_mask_is_that_of_its_leaves(zoo):
     network = plan_of("static").training.network
-    mask = get_masks(zoo[1]["static"].opt_state)
+    mask = get_masks(zoo[1]["static"].state.opt_state)
     share = float(macs.masked_macs(network.macs, mask)) / network.dense_macs
     np.testing.assert_allclose(zoo[0]["static"]["relative_macs"], share, rtol=1e-6)
 
@@ -351,7 +451,7 @@ def test_what_a_ticket_has_pruned_does_not_come_back(tmp_path):
 
 
 def test_a_ticket_of_another_network_is_refused(tmp_path):
-    saved_ticket(tmp_path / "ticket", width=0.2)
+    saved_ticket(tmp_path / "ticket", models.make_model("lenet_300_100", 10, 0.1))
     with pytest.raises(ValueError, match="dense1") as refused:
         plan_of("fixed", ticket=str(tmp_path / "ticket"))
     assert "\n" not in str(refused.value)
@@ -401,16 +501,34 @@ def test_the_body_is_all_but_the_first_layer_and_the_head(name, first):
     assert body == set(tree.prunable_leaves(params)) - ends
 
 
-@pytest.mark.parametrize("name", ["gradual", "static", "top_kast", "sr_ste", "wanda"])
-def test_no_method_prunes_the_ends_of_a_body(name):
-    group = {"group": 2} if name == "sr_ste" else {}
-    plan, _, end = learned(name, prunable="body", sparsity=0.5, **group)
-    density = {path: mask.mean() for path, mask in live(plan, end).items()}
+BODY = {"layers": 3, "prunable": "body", "sparsity": 0.5}
+
+
+def assert_body(masks):
+    density = {path: mask.mean() for path, mask in masks.items()}
     assert density == {"dense1/kernel": 1, "dense2/kernel": 0.5, "head/kernel": 1}
 
 
+@pytest.mark.parametrize("name", ["static", "top_kast", "sr_ste", "wanda"])
+def test_no_method_prunes_the_ends_of_a_body(name):
+    plan = plan_of(name, **BODY, **({"group": 2} if name == "sr_ste" else {}))
+    assert_body(live(plan, entered(plan)))
+
+
+@pytest.mark.slow
+def test_pruning_in_training_spares_the_ends_of_a_body():
+    plan, _, end = learned("gradual", **BODY)
+    assert_body(live(plan, end))
+
+
 def test_a_pattern_that_fits_the_body_alone_says_so():
-    flags = {"pattern": "n_of_m", "model": "convnet_s", "width": 8, "sparsity": 0.5}
+    flags = {
+        "layers": 3,
+        "pattern": "n_of_m",
+        "model": "convnet_s",
+        "width": 8,
+        "sparsity": 0.5,
+    }
     with pytest.raises(ValueError, match=r"'conv1/kernel'.*choose --prunable=body"):
         plan_of("gradual", **flags)
     plan_of("gradual", prunable="body", **flags)
@@ -420,17 +538,17 @@ def test_a_pattern_that_fits_the_body_alone_says_so():
 def test_a_score_on_data_that_is_nan_is_named(name, monkeypatch):
     def broken(*_):
         return lambda params, grads, key: tree.map_with_path(
-            lambda path, leaf: leaf * (jnp.nan if path == "dense2/kernel" else 1),
+            lambda path, leaf: leaf * (jnp.nan if path == "head/kernel" else 1),
             params,
         )
 
     monkeypatch.setattr(scores, name, broken)
-    with pytest.raises(ValueError, match="got NaN at 'dense2/kernel'"):
-        learned(name, sparsity=0.5)
+    with pytest.raises(ValueError, match="got NaN at 'head/kernel'"):
+        entered(plan_of(name, sparsity=0.5))
 
 
-def test_the_forward_set_of_top_kast_is_part_of_what_is_trained():
-    states, left, plan = [], [], plan_of("top_kast", learning_rate=1.0, sparsity=0.75)
+def test_the_forward_set_of_top_kast_is_part_of_what_is_trained(zoo):
+    states, left, plan = [], [], zoo[1]["top_kast"].plan
 
     def report(progress, logs):
         del logs
@@ -438,7 +556,8 @@ def test_the_forward_set_of_top_kast_is_part_of_what_is_trained():
         states.append((live(plan, state), kernels(state.params)))
 
     watch = train.Watch(every=1, report=report)
-    begin = plan.program.init(jax.random.key(0), examples())
+    settings = {"learning_rate": 1.0}
+    begin = plan.program.init(jax.random.key(0), examples(), settings)
     train.fit(plan.program, begin, examples(), watch)
     for (used, before), (_, after) in itertools.pairwise(states):
         changed = {path: before[path] != after[path] for path in used}
@@ -452,7 +571,6 @@ def test_skipped_updates_do_not_hide_a_network_that_has_diverged(tmp_path):
     config = prune.Config(
         methods=("dense", "wanda"),
         seeds=1,
-        width=0.1,
         steps=12,
         report_every=5,
         axes={"learning_rate": (0.1, 1e38)},
@@ -460,7 +578,8 @@ def test_skipped_updates_do_not_hide_a_network_that_has_diverged(tmp_path):
         workdir=str(tmp_path / "run"),
         progress=False,
     )
-    prune.run(config)
+    layers = models.make_model("lenet_300_100", 10, 0.1)
+    study.compare(config, study.Experiment("prune"), model=layers)
     failed = read(tmp_path / "run" / "summary.json")["failed"]
     assert list(failed) == [
         *("dense-learning_rate1e+38-seed0", "wanda-learning_rate1e+38-seed0"),
@@ -470,3 +589,84 @@ def test_skipped_updates_do_not_hide_a_network_that_has_diverged(tmp_path):
     table = (tmp_path / "run" / "table.md").read_text()
     assert all(f"{name} failed and is not counted" in table for name in failed)
     assert len(unit_files(tmp_path / "run")) == 4
+
+
+# Resumption
+
+
+# Those that have phases, a state or a loss of their own.
+RESUMED = {
+    *("rigl", "imp", "soup", "swamp", "free_tickets", "snip", "str"),
+    *("self_distilled", "d2_sparse", "d2_consolidated", "d2_merged"),
+}
+
+
+def saved_and_end(end):
+    """Where the training of a run is saved on the way; it ends as the run did."""
+    program, saved = end.plan.program, []
+
+    def save(progress, pending):
+        saved.append((jax.tree.map(jnp.copy, progress), dict(pending)))
+
+    watch = train.Watch(
+        every=5, save_every=2, save=save, begun=lambda progress: save(progress, {})
+    )
+    again = train.fit(program, begun(end.plan), examples(), watch)
+    assert same(again.state, end.progress.state)
+    return saved, again
+
+
+def same(a, b):
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(
+        np.array_equal(numbers(x), numbers(y), equal_nan=True) for x, y in leaves
+    )
+
+
+def numbers(x):
+    is_key = jnp.issubdtype(jnp.asarray(x).dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(x) if is_key else x)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in RESUMED else pytest.mark.slow)
+        for name in ZOO
+    ],
+)
+def test_a_method_resumes_to_the_bit(name, zoo):
+    saved, end = saved_and_end(zoo[1][name])
+    assert len(saved) >= 6
+    for progress, logs in saved[:: max(len(saved) // 3, 1)]:
+        copied = jax.tree.map(jnp.copy, progress)
+        watch = train.Watch(every=5, logs=logs)
+        assert same(
+            train.fit(zoo[1][name].plan.program, copied, examples(), watch), end
+        )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("self_distilled", "d2_merged"),
+        pytest.param("d2_distilled", marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_has_the_form_of_its_phase(name, zoo, tmp_path, caplog):
+    program = zoo[1][name].plan.program
+    saved, end = saved_and_end(zoo[1][name])
+    number = [int(progress.phase) for progress, _ in saved]
+    handed_over = number.index(1)  # The last of the teacher, the first of the student.
+    for place in (2, handed_over - 1, handed_over, handed_over + 1):
+        progress, logs = saved[place]
+        with Checkpoints(tmp_path / str(place)) as checkpoints:
+            checkpoints.save(place, progress, {"phase": number[place]})
+            found = checkpoints.restore(
+                form=lambda notes: program.form(notes["phase"], examples())
+            )
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            watch = train.Watch(every=5, save_every=2, logs=logs)
+            again = train.fit(program, found.state, examples(), watch)
+        assert same(again, end)
+        assert "ompil" not in caplog.text

@@ -165,13 +165,13 @@ def test_averages_of_both_learners_are_what_predicts():
         assert np.abs(scipy.special.softmax(last, axis=1) - expected).max() > 1e-3
 
 
-@pytest.mark.parametrize("horizon", [None, 4])
-def test_the_masks_of_a_pair_have_the_pattern_that_is_asked_for(horizon):
+@pytest.mark.parametrize(("horizon", "rule"), [(None, "rigl"), (4, "set")])
+def test_the_masks_of_a_pair_have_the_pattern_that_is_asked_for(horizon, rule):
     def prunable(path, leaf):
         del leaf
         return path == "first/kernel"
 
-    learners = Learners("fast_slow", 1, 0, horizon=horizon, rule="set")
+    learners = Learners("fast_slow", 1, 0, horizon=horizon, rule=rule)
     structure = Structure(distributions.uniform, n_of_m(2))
     # Two networks of half of the weights each.
     pair = paired(0.0, learners, structure=structure)
