@@ -12,9 +12,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 FLAGS = {
     "--xla_force_host_platform_device_count": "8",
     "--xla_backend_optimization_level": "0",
-    # What these leave away takes a third of the time of a compilation.
-    "--xla_cpu_use_fusion_emitters": "false",
-    "--xla_cpu_parallel_codegen_split_count": "1",
 }
 # The older emitters of fusions compile in half the time of the new ones. Without AVX2
 # they contract no product and sum into one operation: two programs give the same bits.
@@ -22,6 +19,7 @@ FLAGS = {
 if tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 10):
     FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
     FLAGS["--xla_cpu_max_isa"] = "AVX"
+    FLAGS["--xla_cpu_parallel_codegen_split_count"] = "1"
 given = os.environ.get("XLA_FLAGS", "")
 missing = [f"{name}={value}" for name, value in FLAGS.items() if name not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from d2sparse import tree
+from d2sparse.masks.layout import may_be_joined
 from d2sparse.tree import Prunable, PyTree, is_kernel
 
 _EXACT = 1 << 24  # Whole numbers up to here are float32s.
@@ -155,7 +156,8 @@ def count_live(mask: jax.Array) -> jax.Array:
     3
     """
     rows = jnp.atleast_1d(mask)
-    if rows.shape[-1] > _EXACT:
+    # The sums of a sharded axis would be sent between devices one by one.
+    if rows.shape[-1] > _EXACT or not may_be_joined():
         return jnp.sum(rows, dtype=jnp.int32)
     # XLA adds floats faster than integers, and these sums are whole numbers.
     sums = jnp.sum(rows, axis=-1, dtype=jnp.float32)

@@ -29,16 +29,15 @@ Of P devices a leaf is sharded over w, along the axis with the largest w = gcd(a
 S of the L leaves have w > 1. A leaf of the ResNet is spread over 2048 devices at most,
 one of the ViT over 4096 or 1024.
 
-    bits a digit   b = 16 if weights >= budgets * 2^18, else 11
-                   budgets: L where every leaf has its own, 1 where all compete
-    passes         ceil(32 / b), and up to as many again where scores tie at a cut:
-                   2 to 4 of 16 bits, 3 to 6 of 11; fewer where all are decided early
-    a pass         all-reduce of 4 * 2^b * S bytes, a histogram of every sharded leaf
-    once           all-reduce of 4 * S bytes, the live weights of every leaf,
-                   where every leaf has its own budget, else nothing
+    passes         at most 16, and up to 16 more where scores tie at a cut; fewer where
+                   all are decided early
+    a pass         all-reduce of 12 * S bytes, three counts of every sharded leaf
+    once           all-reduces of 12 * S bytes a search: how many are eligible, the
+                   highest, how many are above those that tie; and of 4 * S bytes, the
+                   live weights of every leaf, where every leaf has its own budget
     searches       1 by magnitude, 2 by RigL: what stays, what grows
     bytes          once + searches * passes * a pass
-    calls          (distinct w > 1) * (searches * passes + 1 if there is a once)
+    calls          (distinct w > 1) * (searches * (passes + 3) + 1 if live are counted)
     gathering      4 * searches * (weights of the S leaves), instead of all this
 
 A call of B bytes over w devices takes, on a ring with latency a and bandwidth v,
@@ -47,8 +46,8 @@ A call of B bytes over w devices takes, on a ring with latency a and bandwidth v
     all-gather       (w - 1) a +   (w - 1) / w * B / v
 
 Replicated weights (data parallel) have w = 1: every device searches alone and nothing
-is sent. Runs that are vmapped, each on a device of its own, send 1 byte a search and
-check of the loop, which ends with the last of them."""
+is sent. Runs that are vmapped, each on a device of its own, send 1 byte a pass, since
+the loop ends with the last of them."""
 
 LIMITS = """\
 ## What this is worth
@@ -60,16 +59,12 @@ LIMITS = """\
   those of any network; give yours with `--latency_us` and `--bandwidth_gb`. On
   thousands of devices a ring is mostly latency; reducing along a tree has less. Other
   backends may join fewer all-reduces in one call, which adds to it.
-- What is sent depends on the leaves, hardly on the weights or the devices: the search
-  is far ahead of gathering for 7 B, and by these numbers behind it for ResNet-50.
-  Gathering is given its best case, one call a search and nothing for the sort, and it
-  needs the memory for what it gathers.
-- Digits of 11 bits would send 2^16 * 2 / (2^11 * 3) = 21 times less than those of 16,
-  and read the scores three times instead of twice. Histograms of leaves that compete
-  for one budget are reduced one by one and added afterwards, S times the bytes of their
-  sum. Every pass reduces those of all leaves, also where the cut is found. All
-  three could be saved.
-- The upper bound of the temporary memory is fitted to the CPU programs, of one to eight
+- What is sent depends on the leaves alone: some kilobytes. On a ring that is all
+  latency, of up to 32 passes one after another: gathering the scores has fewer calls,
+  and the search is ahead of it where the weights are many.
+- Counts of leaves that compete for one budget are reduced one by one and added
+  afterwards. Every pass reduces those of all leaves, also where the cut is known.
+- The upper bound of the temporary memory is fitted to the CPU programs, of one to four
   leaves. Other backends may need less or more.
 - A budget of 2^31 weights or more is refused: for 7 B every leaf needs its own, and
   the sparsity has to be a Python float, which leaves out schedules."""

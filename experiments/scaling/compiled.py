@@ -75,11 +75,15 @@ def _leaves(
 
 
 def compiled_traffic(operations: Sequence[Collective]) -> Traffic:
-    """The all-reduces among the collectives of a compiled refresh."""
+    """The all-reduces among the collectives of a compiled refresh.
+
+    A search has two loops, of which one at a time is passed through: among the scores,
+    and among those that tie.
+    """
     reduces = [c for c in operations if c.kind == "all-reduce"]
     once = [sum(c.sizes) for c in reduces if not c.in_search]
     a_pass = [sum(c.sizes) for c in reduces if c.in_search]
-    return Traffic(len(once), sum(once), len(a_pass), sum(a_pass))
+    return Traffic(len(once), sum(once), len(a_pass) // 2, sum(a_pass) // 2)
 
 
 def collectives(text: str) -> list[Collective]:

@@ -3,7 +3,6 @@
 All are functions of a method, the leaves and the devices; nothing is compiled here.
 """
 
-import math
 from typing import NamedTuple
 
 from d2sparse import distributions, rules
@@ -11,14 +10,15 @@ from d2sparse.rules import MaskRule
 from experiments.scaling.leaves import (
     Shapes,
     local_weights,
-    num_shards,
     num_weights,
     sharded_leaves,
 )
 
-# The library counts scores by digits of their 32 bits, wide ones where there are many
-# more scores than bins, and again as often where scores tie.
-WIDE, NARROW, WIDE_FROM = 16, 11, 18
+# A pass counts the scores at three thresholds, which leaves a quarter of the 2**32 that
+# there are: 16 passes find the cut, and 16 more the rank at it where scores tie.
+THRESHOLDS, PASSES = 3, 16
+# Counts before the passes: of the eligible, the highest, and of those above ties.
+COUNTS = 3
 WORD = 4  # Bytes of a count, a score, a weight and a gradient; a mask has one.
 
 
@@ -71,57 +71,29 @@ class Traffic(NamedTuple):
         return self.bytes_once + passes * self.bytes_a_pass
 
 
-def digit_bits(shapes: Shapes, each_leaf: bool) -> int:
-    """Bits of a digit of the search: 16 from 2**18 weights a budget on, else 11.
-
-    >>> digit_bits({"a": (512, 512)}, True), digit_bits({"a": (512, 511)}, True)
-    (16, 11)
-    """
-    budgets = len(shapes) if each_leaf else 1
-    return WIDE if num_weights(shapes) >= budgets << WIDE_FROM else NARROW
-
-
 def is_refused(method: Method, shapes: Shapes) -> bool:
     """Whether more weights compete for one budget than the library can count."""
     return not method.each_leaf and num_weights(shapes) >= 2**31
 
 
-def fewest_passes(bits: int) -> int:
-    """Passes that read all digits of a score; ties take as many again.
-
-    >>> fewest_passes(16), fewest_passes(11)
-    (2, 3)
-    """
-    return -(-32 // bits)
-
-
-def histogram_bytes(bits: int, leaves: int) -> int:
-    """Bytes of a histogram for every leaf.
-
-    >>> histogram_bytes(11, 3)
-    24576
-    """
-    return WORD * leaves << bits
-
-
 def traffic(method: Method, shapes: Shapes, devices: int) -> Traffic:
     """What a refresh communicates, all of it by all-reduces.
 
-    At every pass of a search one histogram for every sharded leaf, also where leaves
-    compete; before it, where live weights are counted, one number. XLA joins those
-    over the same devices in one call.
+    At every pass of a search three counts for every sharded leaf, also where leaves
+    compete; before the passes three numbers, and one where live weights are counted.
+    XLA joins those of one pass over the same devices in one call.
 
     >>> traffic(METHODS["RigL"], {"a": (64, 24), "b": (8, 4), "c": (3,)}, 8)
-    Traffic(calls_once=1, bytes_once=8, calls_a_pass=2, bytes_a_pass=32768)
+    Traffic(calls_once=7, bytes_once=56, calls_a_pass=2, bytes_a_pass=48)
     """
     groups = sharded_leaves(shapes, devices)
     calls, leaves = len(groups), sum(map(len, groups.values()))
-    histograms = histogram_bytes(digit_bits(shapes, method.each_leaf), leaves)
+    once = COUNTS * method.searches + method.counts_live
     return Traffic(
-        calls * method.counts_live,
-        WORD * leaves * method.counts_live,
+        calls * once,
+        WORD * leaves * once,
         calls * method.searches,
-        histograms * method.searches,
+        WORD * THRESHOLDS * leaves * method.searches,
     )
 
 
@@ -139,14 +111,15 @@ def ring_seconds(
     bandwidth`.
 
     >>> shapes = {"a": (64, 8)}
-    >>> ring_seconds(METHODS["magnitude, global"], shapes, 2, 1, 1.0, 8192.0)
-    3.0
+    >>> ring_seconds(METHODS["magnitude, global"], shapes, 2, 1, 1.0, 24.0)
+    9.0
     """
-    bits, total = digit_bits(shapes, method.each_leaf), 0.0
+    total = 0.0
     for n, leaves in sharded_leaves(shapes, devices).items():
-        calls = method.searches * passes + method.counts_live
-        sent = method.searches * passes * histogram_bytes(bits, len(leaves))
-        sent += WORD * len(leaves) * method.counts_live
+        once = COUNTS * method.searches + method.counts_live
+        calls = once + method.searches * passes
+        counts = once + THRESHOLDS * method.searches * passes
+        sent = WORD * len(leaves) * counts
         total += 2 * (n - 1) * (calls * latency + sent / n / bandwidth)
     return total
 
@@ -179,16 +152,11 @@ def gather_seconds(
     return total
 
 
-def temporary_bounds(method: Method, shapes: Shapes, devices: int) -> tuple[int, int]:
+def temporary_bounds(shapes: Shapes, devices: int) -> tuple[int, int]:
     """Bounds of the bytes that a refresh needs beside its arguments and results.
 
-    At least a histogram of every leaf and a key for every weight. The upper bound is
-    fitted to programs compiled for the CPU: 9 bytes a weight, 13 where weights grow, 12
-    more in the largest leaf, and five copies of the histograms.
+    At least a key for every weight. The upper bound is fitted to programs compiled for
+    the CPU: 20 bytes a weight, and 4 kB.
     """
-    bits = digit_bits(shapes, method.each_leaf)
-    histograms = histogram_bytes(bits, len(shapes))
     held = local_weights(shapes, devices)
-    largest = max(math.prod(s) // num_shards(s, devices) for s in shapes.values())
-    a_weight = 5 + WORD * method.searches
-    return histograms + WORD * held, 5 * histograms + a_weight * held + 12 * largest
+    return WORD * held, 20 * held + 4096

@@ -15,13 +15,11 @@ from experiments.scaling.compiled import (
 )
 from experiments.scaling.formulae import (
     METHODS,
+    PASSES,
     WORD,
     Traffic,
-    digit_bits,
-    fewest_passes,
     gather_seconds,
     gathered_bytes,
-    histogram_bytes,
     is_refused,
     ring_seconds,
     temporary_bounds,
@@ -58,15 +56,13 @@ def bytes_table(trees: Mapping[str, Shapes]) -> Table:
             if is_refused(method, shapes):
                 rows.append(row | {"MB, at most": "refused"})
                 continue
-            bits = digit_bits(shapes, method.each_leaf)
-            passes, sent = fewest_passes(bits), traffic(method, shapes, devices)
+            sent = traffic(method, shapes, devices)
             gathered = gathered_bytes(method, shapes, devices)
             row |= {
-                "bits a digit": bits,
-                "MB, no ties": sent.bytes(passes) / 1e6,
-                "MB, at most": sent.bytes(2 * passes) / 1e6,
+                "MB, no ties": sent.bytes(PASSES) / 1e6,
+                "MB, at most": sent.bytes(2 * PASSES) / 1e6,
                 "MB of scores gathered": gathered / 1e6,
-                "calls on 8 devices, at most": sent.calls(2 * passes),
+                "calls on 8 devices, at most": sent.calls(2 * PASSES),
             }
             rows.append(row)
     note = (
@@ -97,12 +93,11 @@ def time_table(
         for name, method in METHODS.items():
             if is_refused(method, shapes):
                 continue
-            passes = 2 * fewest_passes(digit_bits(shapes, method.each_leaf))
             searched: dict[str, Any] = {"refresh": name, "model": model}
             gathered = searched | {"refresh": f"{name}, scores gathered"}
             for n in devices:
                 ring = (latency, bandwidth)
-                seconds = ring_seconds(method, shapes, n, passes, *ring)
+                seconds = ring_seconds(method, shapes, n, 2 * PASSES, *ring)
                 searched[f"{n} devices"] = 1e3 * seconds
                 seconds = gather_seconds(method, shapes, n, *ring)
                 gathered[f"{n} devices"] = 1e3 * seconds
@@ -117,16 +112,14 @@ def time_table(
 
 def memory_table(trees: Mapping[str, Shapes], devices: Sequence[int]) -> Table:
     """Memory of a refresh by RigL on every device."""
-    method, rows = METHODS["RigL"], []
+    rows = []
     for model, shapes in trees.items():
-        bits = digit_bits(shapes, method.each_leaf)
         for n in devices:
             held = local_weights(shapes, n)
-            least, most = temporary_bounds(method, shapes, n)
+            least, most = temporary_bounds(shapes, n)
             sizes = {
                 "weights": WORD * held,
                 "masks": held,
-                "histograms": histogram_bytes(bits, len(shapes)),
                 "temporary, at least": least,
                 "temporary, at most": most,
                 "largest leaf gathered": WORD * max(map(math.prod, shapes.values())),
@@ -135,12 +128,11 @@ def memory_table(trees: Mapping[str, Shapes], devices: Sequence[int]) -> Table:
             rows.append(row | {title: size / 1e6 for title, size in sizes.items()})
     note = (
         "MB on each device, under RigL; the gradients take as much as the weights. "
-        "Temporary: at least a histogram of every leaf and a key of 4 bytes for each "
-        "local weight; at most 13 bytes a local weight (9 by magnitude), 12 more in "
-        "the largest leaf and five copies of the histograms, which bounds the programs "
-        "that were compiled. The masks are the only state, 1 byte a weight. Replicated "
-        "weights are those of one device. Largest leaf gathered: its scores, the "
-        "least that sorting leaf by leaf needs."
+        "Temporary: at least a key of 4 bytes for each local weight; at most 20 bytes "
+        "a local weight and 4 kB, which bounds the programs that were compiled. The "
+        "masks are the only state, 1 byte a weight. Replicated weights are those of "
+        "one device. Largest leaf gathered: its scores, the least that sorting leaf by "
+        "leaf needs."
     )
     return Table("Memory of a refresh", note, rows)
 
@@ -154,7 +146,7 @@ def check_table(devices: Sequence[int]) -> Table:
             for name, method in METHODS.items():
                 compiled = compile_refresh(method, shapes, shardings)
                 operations = collectives(compiled.as_text())
-                least, most = temporary_bounds(method, shapes, n)
+                least, most = temporary_bounds(shapes, n)
                 row: dict[str, Any] = {"refresh": name, "tree": tree, "devices": n}
                 row |= _refresh_cells(traffic(method, shapes, n), operations)
                 row["temporary, kB"] = temporary_bytes(compiled) / 1e3
