@@ -71,7 +71,8 @@ def refresh_table(sizes: Sizes) -> Table:
         every_rule = i == 0 and sizes.all_rules
         names = tuple(RULES) if every_rule else LARGE
         rows += refresh_rows(model, sizes.image, names, sizes)
-    rows += refresh_rows(*LENET, LARGE, sizes)
+    if LENET[0] not in sizes.models:
+        rows += refresh_rows(*LENET, LARGE, sizes)
     scanned = (
         f" A program makes {sizes.repeats} refreshes, and its time is divided by that; "
         "numpy and torch work on the host."
