@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a question that a training asks between two steps."""
+"""SIGINT and SIGTERM as a question that a training asks between two calls."""
 
 import contextlib
 import signal

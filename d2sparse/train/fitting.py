@@ -27,8 +27,9 @@ class Watch(NamedTuple):
         needed to resume. It must not keep the state.
       begun: called with the progress where a phase has been entered, or a run resumed.
       ended: called with the progress and the title at the end of each titled phase.
-      interrupted: whether to stop; asked between two steps on CPU, between two reports
-        or saves on accelerators.
+      interrupted: whether to stop; asked between two calls on CPU, of up to 32 steps
+        or of one of a network with convolutions; between two reports or saves on
+        accelerators.
       logs: metrics of the steps since the last report, where a run is resumed.
     """
 
