@@ -5,6 +5,7 @@ what is tested is what they compute.
 """
 
 import os
+import platform
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,8 +19,9 @@ FLAGS = {
 # A jaxlib that does not know a flag refuses it.
 if tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 10):
     FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
-    FLAGS["--xla_cpu_max_isa"] = "AVX"
     FLAGS["--xla_cpu_parallel_codegen_split_count"] = "1"
+    if platform.machine() in ("x86_64", "AMD64"):
+        FLAGS["--xla_cpu_max_isa"] = "AVX"
 given = os.environ.get("XLA_FLAGS", "")
 missing = [f"{name}={value}" for name, value in FLAGS.items() if name not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
