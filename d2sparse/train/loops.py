@@ -287,18 +287,23 @@ def _several(step: Step) -> Runner:
         indices: jax.Array,
         interrupted: Callable[[], bool] = _never,
     ) -> tuple[TrainState, Metrics]:
-        logs: list[Metrics] = []
-        rows = np.asarray(indices)
+        rows, logs, taken = np.asarray(indices), list[Metrics](), list[int]()
         for begin in range(0, len(rows), _STEPS):
             if logs and interrupted():
                 break
             call = rows[begin : begin + _STEPS]
-            steps, shape = len(call), (_STEPS, *call.shape[1:])
-            state, log = compiled(state, data, np.resize(call, shape), steps)
+            filled = np.resize(call, (_STEPS, *call.shape[1:]))
+            state, log = compiled(state, data, filled, len(call))
             # One call ahead and no more: an interrupt waits for what is under way.
             jax.block_until_ready(logs[-1:])
-            logs.append({name: values[:steps] for name, values in log.items()})
-        return state, jax.tree.map(lambda *values: np.concatenate(values), *logs)
+            logs.append(log)
+            taken.append(len(call))
+
+        def joined(*values: jax.Array) -> np.ndarray:
+            each = zip(values, taken, strict=True)
+            return np.concatenate([np.asarray(x)[:steps] for x, steps in each])
+
+        return state, jax.tree.map(joined, *logs)
 
     return run
 
