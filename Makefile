@@ -42,7 +42,7 @@ test: env
 	@$(BIN)/python -m ruff format --check --quiet || { \
 	  echo "error: unformatted files; run: $(BIN)/ruff format" >&2; exit 1; }
 	@$(BIN)/python -m mypy --no-error-summary
-	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --durations=10
 
 slow: env
 	@$(BIN)/python -m pytest -m slow

@@ -500,6 +500,7 @@ def test_the_cache_on_disk_is_left_alone(tmp_path):
 # Trainings
 
 
+@pytest.mark.slow
 def test_masks_of_the_large_network_move_at_a_refresh_alone():
     data = workload.random_data(SIZES.batch, SIZES.image)
     runs = training.large_runs(data, SIZES)
