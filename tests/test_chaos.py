@@ -1,8 +1,10 @@
 """Runs that are killed: the short form of `make chaos`."""
 
+import pytest
 import runs
 
 
+@pytest.mark.slow
 def test_a_killed_run_comes_to_the_same_end(tmp_path):
     out = tmp_path / "report.md"
     words = ["--kills=1", "--only=compare: dense", f"--out={out}"]
