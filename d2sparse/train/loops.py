@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -243,22 +243,20 @@ def _on_mesh(step: Step, mesh: Mesh | None, stacked: bool) -> Runner:
 
 def _calls(step: Step) -> Runner:
     """Calls of many steps, or of one where there are convolutions."""
-    loop, together = _loop(step), _several(step)
+    once = jax.jit(step)  # Traced once for all that follows.
+    loop, together = _loop(once), _several(once)
     chosen: list[Runner] = []
 
-    def run(
-        state: TrainState,
-        data: Data,
-        indices: jax.Array,
-        interrupted: Callable[[], bool] = _never,
-    ) -> tuple[TrainState, Metrics]:
+    def choose(state: TrainState, data: Data, indices: jax.Array) -> Runner:
         if not chosen:
-            traced = jax.make_jaxpr(step)(state, data, indices[0])
+            traced = jax.make_jaxpr(once)(state, data, indices[0])
             convolves = contains(traced.jaxpr, ("conv_general_dilated",))
             chosen.append(loop if convolves else together)
-        return chosen[0](state, data, indices, interrupted)
+        return chosen[0]
 
-    return run
+    return lambda state, data, indices, interrupted=_never: choose(
+        state, data, indices
+    )(state, data, indices, interrupted)
 
 
 def _several(step: Step) -> Runner:
@@ -287,23 +285,15 @@ def _several(step: Step) -> Runner:
         indices: jax.Array,
         interrupted: Callable[[], bool] = _never,
     ) -> tuple[TrainState, Metrics]:
-        rows, logs, taken = np.asarray(indices), list[Metrics](), list[int]()
-        for begin in range(0, len(rows), _STEPS):
-            if logs and interrupted():
-                break
-            call = rows[begin : begin + _STEPS]
-            filled = np.resize(call, (_STEPS, *call.shape[1:]))
-            state, log = compiled(state, data, filled, len(call))
-            # One call ahead and no more: an interrupt waits for what is under way.
-            jax.block_until_ready(logs[-1:])
-            logs.append(log)
-            taken.append(len(call))
+        def call(state: TrainState, rows: np.ndarray) -> tuple[TrainState, Metrics]:
+            filled = np.resize(rows, (_STEPS, *rows.shape[1:]))
+            return compiled(state, data, filled, len(rows))
 
-        def joined(*values: jax.Array) -> np.ndarray:
-            each = zip(values, taken, strict=True)
-            return np.concatenate([np.asarray(x)[:steps] for x, steps in each])
-
-        return state, jax.tree.map(joined, *logs)
+        rows = np.asarray(indices)
+        parts = (rows[n : n + _STEPS] for n in range(0, len(rows), _STEPS))
+        state, logs = _one_ahead(call, state, parts, interrupted)
+        # Only the last call of all takes fewer steps than it has places for.
+        return state, jax.tree.map(lambda *x: np.concatenate(x)[: len(rows)], *logs)
 
     return run
 
@@ -317,19 +307,36 @@ def _loop(step: Step, **options: Any) -> Runner:
         indices: jax.Array,
         interrupted: Callable[[], bool] = _never,
     ) -> tuple[TrainState, Metrics]:
-        logs: list[Metrics] = []
         rows = indices if _is_spread(indices) else np.asarray(indices)
-        # Not `for row in rows`, which has to see all of what other processes hold.
-        for row in (rows[number] for number in range(len(rows))):
-            if logs and interrupted():
-                break
-            state, log = compiled(state, data, row)
-            # One step ahead and no more: an interrupt waits for what is under way.
-            jax.block_until_ready(logs[-1:])
-            logs.append(log)
+        # Not `rows` itself, which has to see all of what other processes hold.
+        parts = (rows[number] for number in range(len(rows)))
+        state, logs = _one_ahead(
+            lambda state, row: compiled(state, data, row), state, parts, interrupted
+        )
         return state, jax.tree.map(lambda *values: np.stack(values), *logs)
 
     return run
+
+
+def _one_ahead(
+    call: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    state: TrainState,
+    parts: Iterable[Any],
+    interrupted: Callable[[], bool],
+) -> tuple[TrainState, list[Metrics]]:
+    """A call for each part, until interrupted, and the metrics of each.
+
+    One call is ahead of what has finished and no more: an interrupt waits for what is
+    under way.
+    """
+    logs: list[Metrics] = []
+    for part in parts:
+        if logs and interrupted():
+            break
+        state, log = call(state, part)
+        jax.block_until_ready(logs[-1:])
+        logs.append(log)
+    return state, logs
 
 
 def _scan(step: Step, **options: Any) -> Runner:
