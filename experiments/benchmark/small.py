@@ -16,9 +16,9 @@ from d2sparse.transforms import sparsify
 from experiments.benchmark.measure import Candidate, Timing, time_in_turns
 from experiments.benchmark.tables import Table
 from experiments.benchmark.training import under_rigl
-from experiments.benchmark.workload import CLASSES, TINY, Sizes, random_data
+from experiments.benchmark.workload import CLASSES, LENET, TINY, Sizes, random_data
 
-NETWORK = "lenet_300_100"
+NETWORK = LENET[0]
 BATCH, INTERVAL = 32, 25
 DENSE, RIGL = "dense", f"rigl, a refresh every {INTERVAL} steps"
 BY_HAND, FIT = "{}, loop by hand", "{}, fit"
@@ -89,7 +89,6 @@ def by_hand(
     model, steps = training.model, training.phases[0].stop
     x, labels = np.asarray(train.inputs(data)), np.asarray(data.labels)
     params, model_state = model.init(jax.random.key(0), x[:1])
-    params = jax.tree.map(jnp.asarray, params)
     rows = np.random.default_rng(0).integers(len(x), size=(steps, BATCH))
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -20,7 +20,7 @@ CLASSES = 10
 TINY = (8, 8, 1)
 # Images of small networks, unless with --quick or on a CPU.
 LENET = ("lenet_300_100", (28, 28, 1))
-IMAGES = {"resnet8": (32, 32, 3), **dict([LENET])}
+IMAGES = dict([("resnet8", (32, 32, 3)), LENET])
 
 
 class Sizes(NamedTuple):

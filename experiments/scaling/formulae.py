@@ -76,6 +76,15 @@ def is_refused(method: Method, shapes: Shapes) -> bool:
     return not method.each_leaf and num_weights(shapes) >= 2**31
 
 
+def counts_once(method: Method) -> int:
+    """Numbers that are added up before the passes, for every sharded leaf.
+
+    >>> counts_once(METHODS["RigL"])
+    7
+    """
+    return COUNTS * method.searches + method.counts_live
+
+
 def traffic(method: Method, shapes: Shapes, devices: int) -> Traffic:
     """What a refresh communicates, all of it by all-reduces.
 
@@ -86,9 +95,8 @@ def traffic(method: Method, shapes: Shapes, devices: int) -> Traffic:
     >>> traffic(METHODS["RigL"], {"a": (64, 24), "b": (8, 4), "c": (3,)}, 8)
     Traffic(calls_once=7, bytes_once=56, calls_a_pass=2, bytes_a_pass=48)
     """
-    groups = sharded_leaves(shapes, devices)
+    groups, once = sharded_leaves(shapes, devices), counts_once(method)
     calls, leaves = len(groups), sum(map(len, groups.values()))
-    once = COUNTS * method.searches + method.counts_live
     return Traffic(
         calls * once,
         WORD * leaves * once,
@@ -114,9 +122,8 @@ def ring_seconds(
     >>> ring_seconds(METHODS["magnitude, global"], shapes, 2, 1, 1.0, 24.0)
     9.0
     """
-    total = 0.0
+    total, once = 0.0, counts_once(method)
     for n, leaves in sharded_leaves(shapes, devices).items():
-        once = COUNTS * method.searches + method.counts_live
         calls = once + method.searches * passes
         counts = once + THRESHOLDS * method.searches * passes
         sent = WORD * len(leaves) * counts
