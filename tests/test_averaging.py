@@ -11,7 +11,9 @@ import pytest
 from tiny import SIZE, images, perceptron, start
 
 from d2sparse import rules, train
+from d2sparse.data import Split
 from d2sparse.masks import apply_masks
+from d2sparse.models import resnet8
 from d2sparse.schedules import constant, every
 from d2sparse.transforms import (
     average_weights,
@@ -242,6 +244,32 @@ def test_statistics_are_taken_from_the_data_and_not_from_the_past():
     for state in (fresh, spoilt):
         found = program.statistics(params, state, images(), key)["mean"]
         np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_means_and_variances_of_a_residual_network_are_taken_from_the_data():
+    model, rng = resnet8(width=2), np.random.default_rng(0)
+    pixels = rng.integers(256, size=(20, 8, 8, 1)).astype(np.uint8)
+    data = train.to_device(Split(pixels, np.zeros(20, np.int32)))
+    params, fresh = model.init(jax.random.key(0), train.inputs(data))
+    spoilt = jax.tree.map(lambda x: x + 5.0, fresh)
+    statistics = train.make_program(train.plain(model, data)).statistics
+    first, second = (
+        statistics(params, state, data, jax.random.key(1)) for state in (fresh, spoilt)
+    )
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-3, err_msg=str(path))
+    x = jax.lax.conv_general_dilated(
+        train.inputs(data),
+        params["stem_conv"]["kernel"],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    found = first["batch_stats"]["stem_norm"]["mean"]
+    np.testing.assert_allclose(found, x.mean((0, 1, 2)), rtol=1e-2, atol=1e-3)
 
 
 def test_a_network_without_statistics_needs_none():
