@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from d2sparse import masks
-from d2sparse.masks import layout, search, selection, top_k
+from d2sparse.masks import layout, top_k
 
 TREES = {
     "leaves": [(7, 5), (11,), (), (0, 3), (2, 3, 4)],
@@ -46,42 +46,16 @@ def draw(rng, kind, shape):
     return np.full(shape, 0.5, np.float32)
 
 
-@pytest.fixture(scope="module", params=["joined", "long_rows", "apart"])
-def select(request):
-    """`top_k`, compiled as on one device, with long rows too, and as on several."""
-
-    def traced(leaves, k):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(search, "may_be_joined", lambda: request.param != "apart")
-            many = 0 if request.param == "long_rows" else search._MANY
-            patch.setattr(search, "_MANY", many)
-            # Not the compiled function, which may have been traced the other way.
-            patch.setattr(selection, "largest", search.largest.__wrapped__)
-            return top_k(leaves, k)
-
-    return jax.jit(traced)
-
-
 @pytest.mark.parametrize("kind", ["distinct", "ties", "special", "constant"])
 @pytest.mark.parametrize("name", TREES)
-def test_top_k_equals_a_sort(select, name, kind):
+def test_top_k_equals_a_sort(name, kind):
     rng = np.random.default_rng(0)
     for _ in range(4):
         leaves = [draw(rng, kind, shape) for shape in TREES[name]]
         n = sum(leaf.size for leaf in leaves)
         eligible = sum(int(np.sum(leaf > -np.inf)) for leaf in leaves)
         for k in {0, 1, eligible - 1, eligible, eligible + 1, n, n + 5, n // 3}:
-            assert_selects(leaves, k, select)
-
-
-def test_leaves_are_joined_where_none_can_be_sharded(monkeypatch):
-    leaves = [jnp.zeros((3, 5)), jnp.zeros(7)]
-    for devices, joined in ((1, True), (8, False)):
-        monkeypatch.setattr(jax, "device_count", lambda n=devices: n)
-        traced = jax.make_jaxpr(
-            lambda x: search.largest.__wrapped__(x, (0, 0), jnp.array([1]))
-        )
-        assert (f"u32[2,1,{search._LANE}]" in str(traced(leaves))) == joined
+            assert_selects(leaves, k)
 
 
 def test_top_k_orders_every_number_of_16_bits():

@@ -8,10 +8,8 @@ import numpy as np
 import optax
 
 from d2sparse import tree
-from d2sparse.masks.layout import may_be_joined
+from d2sparse.masks.layout import count_true
 from d2sparse.tree import Prunable, PyTree, is_kernel
-
-_EXACT = 1 << 24  # Whole numbers up to here are float32s.
 
 
 def dense_masks(params: PyTree) -> PyTree:
@@ -155,13 +153,7 @@ def count_live(mask: jax.Array) -> jax.Array:
     >>> int(count_live(jnp.eye(3, dtype=bool)))
     3
     """
-    rows = jnp.atleast_1d(mask)
-    # The sums of a sharded axis would be sent between devices one by one.
-    if rows.shape[-1] > _EXACT or not may_be_joined():
-        return jnp.sum(rows, dtype=jnp.int32)
-    # XLA adds floats faster than integers, and these sums are whole numbers.
-    sums = jnp.sum(rows, axis=-1, dtype=jnp.float32)
-    return jnp.sum(sums.astype(jnp.int32), dtype=jnp.int32)
+    return count_true([mask, ~mask])[0]
 
 
 def density(masks: PyTree, prunable: Prunable = is_kernel) -> jax.Array:

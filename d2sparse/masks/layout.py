@@ -1,6 +1,7 @@
-"""How the entries of a leaf are read: as integers, in order, and joined to others."""
+"""How the entries of a leaf are read: as integers, in order, and counted."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -61,13 +62,25 @@ def linear_index(shape: tuple[int, ...]) -> jax.Array:
     return index
 
 
-def may_be_joined() -> bool:
-    """Whether leaves may be joined to one array and cut into rows of it.
+def count_true(masks: Sequence[jax.Array]) -> jax.Array:
+    """How many entries of each of several masks of one shape are True, int32[n].
 
-    With several devices a leaf may be sharded, and to join it with others would gather
-    it.
+    Args:
+      masks: bool[...], two or more of them, so that one pass counts them.
 
-    >>> may_be_joined() == (jax.device_count() == 1)
-    True
+    >>> x = jnp.arange(5)
+    >>> count_true([x >= 1, x >= 3]).tolist()
+    [4, 2]
     """
-    return jax.device_count() == 1
+    if jax.device_count() > 1:
+        # Of shards of a leaf the sums are added up. The results of one reduction of
+        # several operands would be gathered one by one.
+        return jnp.stack([jnp.sum(mask, dtype=jnp.int32) for mask in masks])
+    # XLA on CPU computes the operands of such a reduction while it adds them, and writes
+    # that of a reduction of one to memory first.
+    ones, axes = [mask.astype(jnp.int32) for mask in masks], tuple(range(masks[0].ndim))
+    return jnp.stack(jax.lax.reduce(ones, [jnp.int32(0)] * len(ones), _add, axes))
+
+
+def _add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
+    return [x + y for x, y in zip(a, b, strict=True)]

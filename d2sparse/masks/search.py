@@ -2,52 +2,25 @@
 
 Scores are read as integers that sort alike. The search knows one threshold that k or
 more of them reach, and one that fewer do. A pass over the scores counts how many reach
-three thresholds in between, which leaves a quarter of the range, until exactly k reach
+seven thresholds in between, which leaves an eighth of the range, until exactly k reach
 one of them or nothing is left in between. Then those at the threshold are ties, and the
 same search goes on among them by their rank.
 """
 
 import functools
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2sparse.masks.layout import (
-    linear_index,
-    may_be_joined,
-    ordered_bits,
-    tie_order,
-)
+from d2sparse.masks.layout import count_true, linear_index, ordered_bits, tie_order
 from d2sparse.meshes import common_zero, on_auto_axes
 
-_TRIED = 3  # Thresholds of a pass.
-# Entries side by side, whose counts of up to 128 each share one float32.
-_LANE, _BASE = 128, 256
-# Lanes of a row where there are many scores, so that few rows are left to add up.
-_MANY, _LANES = 1 << 20, 64
+_TRIED = 7  # Thresholds of a pass.
 _FULL = 2**32 - 1  # Above all keys.
 
 _Range = tuple[jax.Array, jax.Array, jax.Array]
-
-
-class _Rows(NamedTuple):
-    """Entries of one or many leaves, in rows of which each belongs to one leaf.
-
-    Attributes:
-      values: uint32[rows, ...], what is compared.
-      groups: int[rows], the group of leaves that a row belongs to.
-      units: int[rows], how much of the budget each of its entries takes.
-      starts: uint32[rows], the index of its first entry among all of the group.
-    """
-
-    values: jax.Array
-    groups: np.ndarray
-    units: np.ndarray
-    starts: np.ndarray
 
 
 # Outside of a compiled function the loop would be compiled at every call.
@@ -86,20 +59,23 @@ def largest(
         return []
     leaves, units = list(map(jnp.asarray, scores)), units or (1,) * len(scores)
     _refuse_too_many(leaves, groups, units)
+    starts = _starts(leaves, groups)
 
     def search(
         leaves: list[jax.Array], k: jax.Array, salts: jax.Array | None
     ) -> list[jax.Array]:
+        def ranks(i: int) -> jax.Array:
+            index = linear_index(leaves[i].shape) + starts[i]
+            return tie_order(index, None if salts is None else salts[groups[i]])
+
         # Under `jax.shard_map` a loop carries what varies as all that it looks at.
         k = k + common_zero((leaves, k, salts))
-        rows = _in_rows(leaves, groups, units)
-        key, rank = _cut(rows, k, salts)
-        masks = [
-            (x.values > _each(key, x))
-            | (x.values == _each(key, x)) & (_ranks(x, salts) >= _each(rank, x))
-            for x in rows
+        keys = [ordered_bits(leaf) for leaf in leaves]
+        last, rank = _cut(keys, ranks, groups, units, k)
+        return [
+            (key > last[g]) | (key == last[g]) & (ranks(i) >= rank[g])
+            for i, (key, g) in enumerate(zip(keys, groups, strict=True))
         ]
-        return _as_leaves(masks, [leaf.shape for leaf in leaves])
 
     return on_auto_axes(search, leaves, leaves, k, salts)
 
@@ -116,35 +92,6 @@ def _refuse_too_many(
         )
 
 
-def _in_rows(
-    leaves: Sequence[jax.Array], groups: Sequence[int], units: Sequence[int]
-) -> list[_Rows]:
-    """The keys of leaves: joined in short rows, or each leaf as a row of its own."""
-    keys, starts = [ordered_bits(leaf) for leaf in leaves], _starts(leaves, groups)
-    if not may_be_joined():
-        each = zip(keys, groups, units, starts, strict=True)
-        return [
-            _Rows(jnp.atleast_1d(x)[None], *map(np.atleast_1d, about))
-            for x, *about in each
-        ]
-    lanes = _LANES if sum(x.size for x in keys) >= _MANY else 1
-    row = lanes * _LANE
-    heights = [-(-x.size // row) for x in keys]
-    table = jnp.zeros(row * sum(heights), jnp.uint32)
-    # Not `concatenate`, whose kernel asks of every entry which leaf it is of.
-    for key, top in zip(keys, np.cumsum([0, *heights]), strict=False):
-        table = jax.lax.dynamic_update_slice(table, key.reshape(-1), (row * top,))
-    within = np.concatenate([row * np.arange(height) for height in heights])
-    return [
-        _Rows(
-            table.reshape(-1, lanes, _LANE),
-            np.repeat(groups, heights),
-            np.repeat(units, heights),
-            (np.repeat(starts, heights) + within).astype(np.uint32),
-        )
-    ]
-
-
 def _starts(leaves: Sequence[jax.Array], groups: Sequence[int]) -> np.ndarray:
     """The index of every leaf's first entry among all that compete with it."""
     seen, starts = np.zeros(max(groups) + 1, np.int64), []
@@ -154,38 +101,12 @@ def _starts(leaves: Sequence[jax.Array], groups: Sequence[int]) -> np.ndarray:
     return np.array(starts, np.uint32)
 
 
-def _as_leaves(
-    rows: Sequence[jax.Array], shapes: Sequence[tuple[int, ...]]
-) -> list[jax.Array]:
-    """What belongs to each leaf, in its shape: the reverse of `_in_rows`."""
-    if not may_be_joined():
-        return [x[0].reshape(shape) for x, shape in zip(rows, shapes, strict=True)]
-    flat, row = rows[0].reshape(-1), rows[0][0].size
-    begin, leaves = 0, []
-    for shape in shapes:
-        size = math.prod(shape)
-        leaves.append(flat[begin : begin + size].reshape(shape))
-        begin += size + -size % row
-    return leaves
-
-
-def _ranks(rows: _Rows, salts: jax.Array | None) -> jax.Array:
-    """What ties are broken by, uint32[rows, ...]."""
-    index = linear_index(rows.values.shape[1:])[None] + _over(rows, rows.starts)
-    return tie_order(index, None if salts is None else _each(salts, rows))
-
-
-def _each(of_groups: jax.Array, rows: _Rows) -> jax.Array:
-    """What is known of every group, at its rows: [rows, 1, ...]."""
-    return _over(rows, of_groups[rows.groups])
-
-
-def _over(rows: _Rows, values: jax.Array | np.ndarray) -> jax.Array:
-    return jnp.expand_dims(values, tuple(range(1, rows.values.ndim)))
-
-
 def _cut(
-    rows: Sequence[_Rows], k: jax.Array, salts: jax.Array | None
+    keys: Sequence[jax.Array],
+    ranks: Callable[[int], jax.Array],
+    groups: Sequence[int],
+    units: Sequence[int],
+    k: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Key and rank of the last entry that is kept, uint32[groups] each.
 
@@ -193,105 +114,84 @@ def _cut(
     share the key are kept.
     """
     zero, full = jnp.zeros_like(k, jnp.uint32), jnp.full_like(k, _FULL, jnp.uint32)
+    count = functools.partial(_counts, groups=groups, units=units)
+
     least = jnp.where(k > 0, zero + 1, full)
-    most = jnp.where(k > 0, _highest(rows, len(k)), full)
-    key, reached = _kth(rows, k, least, most, _reaching(rows, least))
+    key, reached = _kth(functools.partial(count, keys), k, least, full)
 
     def among_ties() -> jax.Array:
-        above = _reaching(rows, key + 1)
+        _, above = count(keys, jnp.stack([key, key + 1], axis=1)).T
         tied = [
-            x._replace(values=jnp.where(x.values == _each(key, x), _ranks(x, salts), 0))
-            for x in rows
+            jnp.where(x == key[g], ranks(i), 0)
+            for i, (x, g) in enumerate(zip(keys, groups, strict=True))
         ]
-        return _kth(tied, k - above, zero, full, reached - above)[0]
+        return _kth(functools.partial(count, tied), k - above, zero, full)[0]
 
     return key, jax.lax.cond(jnp.any(reached > k), among_ties, lambda: zero)
 
 
 def _kth(
-    rows: Sequence[_Rows],
+    count: Callable[[jax.Array], jax.Array],
     k: jax.Array,
     least: jax.Array,
     most: jax.Array,
-    reached: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The highest threshold of every group that k of its units or more reach.
 
-    It may be a lower one where exactly k reach it.
+    It may be a lower one where exactly k reach it, and is the least where fewer do.
 
     Args:
-      rows: what is searched.
+      count: uint32[groups, n] -> int32[groups, n], how many reach thresholds.
       k: int32[groups].
-      least: uint32[groups], which k or more reach.
-      most: uint32[groups], above which fewer do.
-      reached: int32[groups], how many reach the least; if no more than k, the search
-        of the group has ended.
+      least: uint32[groups], where the search begins.
+      most: uint32[groups], above which fewer than k reach.
 
     Returns:
-      `(threshold, reached)` of every group.
+      `(threshold, reached)` of every group; -1 where it is not known how many reach it,
+      which only fewer than k can be.
     """
 
     def is_open(state: _Range) -> jax.Array:
         least, most, reached = state
-        return jnp.any((reached > k) & (least < most))
+        return jnp.any((reached != k) & (least < most))
 
     def narrowed(state: _Range) -> _Range:
         least, most, reached = state
         width = most - least
         step = width // (_TRIED + 1) + 1
         tried = [least + jnp.minimum(step * i, width) for i in range(1, _TRIED + 1)]
-        counts = _counts(rows, jnp.stack(tried, axis=1))
+        counts = count(jnp.stack(tried, axis=1))
         for i, threshold in enumerate(tried):
-            enough = (counts[:, i] >= k) & (reached > k)
+            enough = (counts[:, i] >= k) & (reached != k)
             least = jnp.where(enough, threshold, least)
             reached = jnp.where(enough, counts[:, i], reached)
             most = jnp.where(counts[:, i] < k, jnp.minimum(most, threshold - 1), most)
         return least, most, reached
 
-    least, _, reached = jax.lax.while_loop(is_open, narrowed, (least, most, reached))
+    unknown = 0 * k - 1
+    least, _, reached = jax.lax.while_loop(is_open, narrowed, (least, most, unknown))
     return least, reached
 
 
-def _highest(rows: Sequence[_Rows], number: int) -> jax.Array:
-    """The highest value of every group, uint32[groups]."""
-    inner = [jnp.max(x.values, tuple(range(1, x.values.ndim)), initial=0) for x in rows]
-    return jax.ops.segment_max(
-        jnp.concatenate(inner), np.concatenate([x.groups for x in rows]), number
-    )
-
-
-def _reaching(rows: Sequence[_Rows], thresholds: jax.Array) -> jax.Array:
-    """How many units of every group reach its threshold, int32[groups]."""
-    return _counts(rows, thresholds[:, None])[:, 0]
-
-
-def _counts(rows: Sequence[_Rows], thresholds: jax.Array) -> jax.Array:
+def _counts(
+    leaves: Sequence[jax.Array],
+    thresholds: jax.Array,
+    groups: Sequence[int],
+    units: Sequence[int],
+) -> jax.Array:
     """How many units of every group reach each of its thresholds.
 
     Args:
-      rows: what is counted.
+      leaves: uint32[...], what is counted.
       thresholds: uint32[groups, n].
+      groups: of every leaf.
+      units: of every leaf.
 
     Returns:
       int32[groups, n].
     """
-    inner = [_counts_of_rows(x, thresholds[x.groups]) for x in rows]
-    groups = np.concatenate([x.groups for x in rows])
-    return jax.ops.segment_sum(jnp.concatenate(inner), groups, len(thresholds))
-
-
-def _counts_of_rows(rows: _Rows, thresholds: jax.Array) -> jax.Array:
-    """int32[rows, n] of rising thresholds, uint32[rows, n]."""
-    number, axes = thresholds.shape[1], tuple(range(1, rows.values.ndim))
-    reached = [rows.values >= _over(rows, thresholds[:, i]) for i in range(number)]
-    if 0 < rows.values.shape[-1] < _BASE:
-        # Digits of one float, which is exact: XLA adds those faster than integers.
-        weight = jnp.zeros((), jnp.float32)
-        for i in reversed(range(number)):
-            weight = jnp.where(reached[i], float(_BASE**i) + weight, 0.0)
-        sums = jnp.sum(weight, axis=-1).astype(jnp.int32)
-        shares = [sums // _BASE**i % _BASE for i in range(number)]
-        counts = [jnp.sum(x, axes[:-1], jnp.int32) for x in shares]
-    else:
-        counts = [jnp.sum(x, axes, jnp.int32) for x in reached]
-    return jnp.stack(counts, axis=1) * jnp.asarray(rows.units, jnp.int32)[:, None]
+    totals = [jnp.zeros_like(thresholds[0], jnp.int32) for _ in thresholds]
+    for leaf, group, unit in zip(leaves, groups, units, strict=True):
+        reached = [leaf >= threshold for threshold in thresholds[group]]
+        totals[group] += unit * count_true(reached)
+    return jnp.stack(totals)

@@ -29,15 +29,15 @@ Of P devices a leaf is sharded over w, along the axis with the largest w = gcd(a
 S of the L leaves have w > 1. A leaf of the ResNet is spread over 2048 devices at most,
 one of the ViT over 4096 or 1024.
 
-    passes         at most 16, and up to 16 more where scores tie at a cut; fewer where
+    passes         at most 11, and up to 11 more where scores tie at a cut; fewer where
                    all are decided early
-    a pass         all-reduce of 12 * S bytes, three counts of every sharded leaf
-    once           all-reduces of 12 * S bytes a search: how many are eligible, the
-                   highest, how many are above those that tie; and of 4 * S bytes, the
-                   live weights of every leaf, where every leaf has its own budget
+    a pass         all-reduce of 28 * S bytes, seven counts of every sharded leaf
+    once           an all-reduce of 8 * S bytes a search, how many are at the cut or
+                   above and how many above; and of 4 * S bytes, the live weights of
+                   every leaf, where every leaf has its own budget
     searches       1 by magnitude, 2 by RigL: what stays, what grows
     bytes          once + searches * passes * a pass
-    calls          (distinct w > 1) * (searches * (passes + 3) + 1 if live are counted)
+    calls          (distinct w > 1) * (searches * (passes + 1) + 1 if live are counted)
     gathering      4 * searches * (weights of the S leaves), instead of all this
 
 A call of B bytes over w devices takes, on a ring with latency a and bandwidth v,

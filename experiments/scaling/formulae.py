@@ -14,11 +14,10 @@ from experiments.scaling.leaves import (
     sharded_leaves,
 )
 
-# A pass counts the scores at three thresholds, which leaves a quarter of the 2**32 that
-# there are: 16 passes find the cut, and 16 more the rank at it where scores tie.
-THRESHOLDS, PASSES = 3, 16
-# Counts before the passes: of the eligible, the highest, and of those above ties.
-COUNTS = 3
+# A pass counts the scores at seven thresholds, which leaves an eighth of the 2**32 that
+# there are: 11 passes find the cut, and 11 more the rank at it where scores tie.
+THRESHOLDS, PASSES = 7, 11
+COUNTS = 2  # In one call beside the passes: of those at a cut or above, and above.
 WORD = 4  # Bytes of a count, a score, a weight and a gradient; a mask has one.
 
 
@@ -76,30 +75,31 @@ def is_refused(method: Method, shapes: Shapes) -> bool:
     return not method.each_leaf and num_weights(shapes) >= 2**31
 
 
-def counts_once(method: Method) -> int:
-    """Numbers that are added up before the passes, for every sharded leaf.
+def once(method: Method) -> tuple[int, int]:
+    """Calls beside the passes, and the numbers that they add up for every sharded leaf.
 
-    >>> counts_once(METHODS["RigL"])
-    7
+    >>> once(METHODS["RigL"])
+    (3, 5)
     """
-    return COUNTS * method.searches + method.counts_live
+    calls = method.searches + method.counts_live
+    return calls, COUNTS * method.searches + method.counts_live
 
 
 def traffic(method: Method, shapes: Shapes, devices: int) -> Traffic:
     """What a refresh communicates, all of it by all-reduces.
 
-    At every pass of a search three counts for every sharded leaf, also where leaves
-    compete; before the passes three numbers, and one where live weights are counted.
+    At every pass of a search seven counts for every sharded leaf, also where leaves
+    compete; once those at the cut and above it, and live weights where they are counted.
     XLA joins those of one pass over the same devices in one call.
 
     >>> traffic(METHODS["RigL"], {"a": (64, 24), "b": (8, 4), "c": (3,)}, 8)
-    Traffic(calls_once=7, bytes_once=56, calls_a_pass=2, bytes_a_pass=48)
+    Traffic(calls_once=3, bytes_once=40, calls_a_pass=2, bytes_a_pass=112)
     """
-    groups, once = sharded_leaves(shapes, devices), counts_once(method)
+    groups, (calls_once, counts_once) = sharded_leaves(shapes, devices), once(method)
     calls, leaves = len(groups), sum(map(len, groups.values()))
     return Traffic(
-        calls * once,
-        WORD * leaves * once,
+        calls * calls_once,
+        WORD * leaves * counts_once,
         calls * method.searches,
         WORD * THRESHOLDS * leaves * method.searches,
     )
@@ -119,13 +119,13 @@ def ring_seconds(
     bandwidth`.
 
     >>> shapes = {"a": (64, 8)}
-    >>> ring_seconds(METHODS["magnitude, global"], shapes, 2, 1, 1.0, 24.0)
-    9.0
+    >>> ring_seconds(METHODS["magnitude, global"], shapes, 2, 1, 1.0, 36.0)
+    5.0
     """
-    total, once = 0.0, counts_once(method)
+    total, (calls_once, counts_once) = 0.0, once(method)
     for n, leaves in sharded_leaves(shapes, devices).items():
-        calls = once + method.searches * passes
-        counts = once + THRESHOLDS * method.searches * passes
+        calls = calls_once + method.searches * passes
+        counts = counts_once + THRESHOLDS * method.searches * passes
         sent = WORD * len(leaves) * counts
         total += 2 * (n - 1) * (calls * latency + sent / n / bandwidth)
     return total
@@ -163,7 +163,7 @@ def temporary_bounds(shapes: Shapes, devices: int) -> tuple[int, int]:
     """Bounds of the bytes that a refresh needs beside its arguments and results.
 
     At least a key for every weight. The upper bound is fitted to programs compiled for
-    the CPU: 20 bytes a weight, and 4 kB.
+    the CPU, which write what they add up: 36 bytes a weight, and 4 kB.
     """
     held = local_weights(shapes, devices)
-    return WORD * held, 20 * held + 4096
+    return WORD * held, 36 * held + 4096
