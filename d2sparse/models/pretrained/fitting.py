@@ -195,12 +195,13 @@ def _fit(
             f'which fits the leaf {path!r} either way; give layout="torch" where '
             'outputs come first, else layout="same"'
         )
+    origin = repr(name)
     if layout == "torch" and is_kernel:
-        array, turned = turned, array
+        array, turned, origin = turned, array, f"{name!r}, outputs last"
     if array.shape != shape:
         raise ValueError(
             f"expected shape {shape} for the leaf {path!r}, got {array.shape} from "
-            f"{name!r}" + _about_shape(shape, array, turned, layout)
+            f"{origin}" + _about_shape(shape, array, turned, layout)
         )
     return _cast(path, leaf, name, array)
 
