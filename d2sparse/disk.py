@@ -68,6 +68,27 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
         raise ValueError(f"expected {name} as a path, got {text!r} ({error})") from None
 
 
+def existing_file(path: str | os.PathLike[str]) -> Path:
+    """The local path of a file that is there.
+
+    >>> existing_file("no/such/network.npz")
+    Traceback (most recent call last):
+    ...
+    ValueError: expected the path of a file, got 'no/such/network.npz', where there is
+    none; check the path
+
+    Raises:
+      ValueError: there is no file.
+    """
+    file = local_path(path, "path")
+    if not file.is_file():
+        raise ValueError(
+            f"expected the path of a file, got {str(file)!r}, where there is none; "
+            "check the path"
+        )
+    return file
+
+
 def number_of(error: BaseException) -> int | None:
     """The number of the operating system's error behind an error, None for none.
 

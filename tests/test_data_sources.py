@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,12 +14,12 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 from PIL import Image
+from prepared import PREPARED, prepared_version, shortened
 from sklearn.datasets import load_digits
 
 from d2sparse.data import load, sources
 
 ROOT = Path(__file__).resolve().parents[1]
-PREPARED = Path(os.environ.get("TFDS_DATA_DIR") or ROOT.parent / "shared" / "tfds")
 # Name: (train, test, image shape, classes).
 NAMED = {
     "mnist": (60000, 10000, (28, 28, 1), 10),
@@ -30,35 +29,6 @@ NAMED = {
     "svhn_cropped": (73257, 26032, (32, 32, 3), 10),
 }
 MNIST_TEST_COUNTS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-
-
-def prepared_version(name):
-    """The newest prepared folder of a real data set; skips where there is none."""
-    folders = sorted(file.parent for file in PREPARED.glob(f"{name}/*/features.json"))
-    if not folders:
-        pytest.skip(
-            f"needs a prepared {name} in TFDS_DATA_DIR or in ../shared/tfds next to "
-            "the checkout"
-        )
-    return folders[-1]
-
-
-def shortened(name, root, **lengths):
-    """A data_dir with the real files of a data set, cut to their first records."""
-    version = prepared_version(name)
-    folder = root / name / version.name
-    folder.mkdir(parents=True)
-    for file in version.iterdir():
-        if file.name != "dataset_info.json":
-            (folder / file.name).symlink_to(file.resolve())
-    info = json.loads((version / "dataset_info.json").read_text())
-    for split in info["splits"]:
-        shards = [int(length) for length in split["shardLengths"]]
-        length = lengths.get(split["name"], sum(shards))
-        cut = [min(n, max(0, length - sum(shards[:i]))) for i, n in enumerate(shards)]
-        split["shardLengths"] = [str(n) for n in cut]
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    return root
 
 
 def png(image):

@@ -1,6 +1,7 @@
 """Layers shared by the model families: one initialiser, one set of norm constants."""
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -99,6 +100,41 @@ class ReLU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """The positive part, of the shape of the input."""
         return nn.relu(x)
+
+
+def projected(x: jax.Array, channels: int, stride: int, train: bool) -> jax.Array:
+    """The shortcut by a 1x1 convolution with BatchNorm (option B), inside a block.
+
+    Args:
+      x: float[batch, height, width, in], the input of the block.
+      channels: of the output of the block.
+      stride: of the block.
+      train: whether BatchNorm uses and records the statistics of the batch.
+
+    Returns:
+      float[batch, ceil(height / stride), ceil(width / stride), channels].
+    """
+    if stride == 1 and x.shape[-1] == channels:
+        return x
+    x = conv(channels, 1, stride=stride, name="shortcut_conv")(x)
+    return batch_norm(train=train, name="shortcut_norm")(x)
+
+
+def padded(x: jax.Array, channels: int, stride: int, train: bool) -> jax.Array:
+    """The shortcut without weights (option A): every stride-th pixel, channels of zero.
+
+    As many channels are added in front of those of the input as behind them.
+
+    Arguments and value are those of `projected`.
+
+    Example:
+      >>> padded(jnp.ones((1, 2, 2, 2)), 4, 2, False).tolist()
+      [[[[0.0, 1.0, 1.0, 0.0]]]]
+    """
+    added = channels - x.shape[-1]
+    before = added // 2
+    x = x[:, ::stride, ::stride]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, added - before)))
 
 
 def check_images(x: jax.Array) -> None:

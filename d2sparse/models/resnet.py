@@ -3,10 +3,12 @@
 He et al., "Deep residual learning for image recognition", arXiv:1512.03385. Where a
 block changes the shape of its input the shortcut is a 1x1 convolution with BatchNorm
 (option B of the paper) in both families: pruning then meets every path, and ResNet-8
-of width 16 has about 77k kernel weights, 2,560 more than with option A.
+of width 16 has about 77k kernel weights, 2,560 more than with option A, the shortcut
+without weights that `models.pretrained` needs for published networks.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 from flax import linen as nn
@@ -19,9 +21,11 @@ from d2sparse.models.layers import (
     conv,
     dense,
     positive_int,
+    projected,
 )
 
 Stem = Literal["cifar", "imagenet"]
+Shortcut = Callable[[jax.Array, int, int, bool], jax.Array]
 
 
 class BasicBlock(nn.Module):
@@ -30,10 +34,12 @@ class BasicBlock(nn.Module):
     Attributes:
       channels: output channels.
       stride: stride of the first convolution and of the shortcut.
+      shortcut: makes the shortcut, `projected` or `padded`.
     """
 
     channels: int
     stride: int
+    shortcut: Shortcut = projected
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -42,7 +48,7 @@ class BasicBlock(nn.Module):
         y = ReLU(name="relu1")(batch_norm(train=train, name="norm1")(y))
         y = conv(self.channels, 3, name="conv2")(y)
         y = batch_norm(train=train, name="norm2")(y)
-        y = y + _shortcut(x, self.channels, self.stride, train)
+        y = y + self.shortcut(x, self.channels, self.stride, train)
         return ReLU(name="relu2")(y)
 
 
@@ -70,22 +76,16 @@ class Bottleneck(nn.Module):
         y = ReLU(name="relu2")(batch_norm(train=train, name="norm2")(y))
         y = conv(4 * self.channels, 1, name="conv3")(y)
         y = batch_norm(train=train, name="norm3")(y)
-        y = y + _shortcut(x, 4 * self.channels, self.stride, train)
+        y = y + projected(x, 4 * self.channels, self.stride, train)
         return ReLU(name="relu3")(y)
-
-
-def _shortcut(x: jax.Array, channels: int, stride: int, train: bool) -> jax.Array:
-    if stride == 1 and x.shape[-1] == channels:
-        return x
-    x = conv(channels, 1, stride=stride, name="shortcut_conv")(x)
-    return batch_norm(train=train, name="shortcut_norm")(x)
 
 
 class ResNet(nn.Module):
     """Stem, stages of residual blocks, global average pooling and a linear head.
 
     Attributes:
-      block: the kind of block.
+      block: makes a block of so many channels, with a stride and a name: `BasicBlock`
+        or `Bottleneck`, or `functools.partial` of one.
       depths: number of blocks in each stage; from the second stage on, the first
         block halves the image and the channels double.
       width: channels of the stem and of the first stage.
@@ -95,7 +95,7 @@ class ResNet(nn.Module):
       stem_stride: stride of the `"cifar"` stem.
     """
 
-    block: type[BasicBlock] | type[Bottleneck]
+    block: Callable[..., Any]
     depths: tuple[int, ...]
     width: int
     num_classes: int
