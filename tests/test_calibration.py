@@ -143,7 +143,7 @@ def test_equal_confidences_share_a_bin_of_equal_mass_in_any_order():
     right = labels == 0
     gaps = [abs((right - p[:, 0])[own].sum()) for own in np.array(groups)]
     found = np.abs(sums["correct"] - np.asarray(sums["confidence"]))
-    np.testing.assert_allclose(found, gaps, atol=1e-5)
+    np.testing.assert_allclose(found, gaps, rtol=1e-5, atol=1e-5)
 
 
 def test_fewer_examples_than_bins_of_equal_mass():
