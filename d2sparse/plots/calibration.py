@@ -119,7 +119,7 @@ def _panels(number: int) -> tuple[Figure, list[Axes]]:
         if place >= number:
             axes.set_axis_off()
         # The last of each column, which need not be in the last row.
-        axes.tick_params(labelbottom=place + columns >= number)
+        axes.tick_params(labelbottom=place + columns >= number, labelsize=9)
     figure.supxlabel("confidence", fontsize=10)
     figure.supylabel("accuracy", fontsize=10)
     return figure, list(panels.flat[:number])

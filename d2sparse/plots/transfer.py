@@ -167,7 +167,7 @@ def prompt_grid(
     columns = min(len(images), _COLUMNS)
     rows = math.ceil(len(images) / columns)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(0.2 + 1.7 * columns, 0.1 + 2.1 * rows))
+        figure = Figure(figsize=(0.2 + 1.7 * columns, 0.1 + 1.95 * rows))
         panels = figure.subplots(rows, columns, squeeze=False)
         for axes in panels.flat:
             axes.set_axis_off()
@@ -281,7 +281,7 @@ def _mark_chosen(axes: Axes, rows: Sequence[int], votes: np.ndarray) -> None:
         frame = mpl.patches.Rectangle(
             (column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=colour, linewidth=1.3
         )
-        axes.add_patch(frame).set_zorder(3)
+        axes.add_patch(frame).set(zorder=3, clip_on=False)
         if not own:
             axes.plot(column, row, marker="x", markersize=5, color=VERMILLION)
     box: dict[str, Any] = {
@@ -292,7 +292,9 @@ def _mark_chosen(axes: Axes, rows: Sequence[int], votes: np.ndarray) -> None:
     }
     cross: dict[str, Any] = {"marker": "x", "markersize": 6, "linestyle": "none"}
     handles = [
-        Line2D([], [], color=BLACK, label=f"chosen: {len(votes) - none}", **box),
+        Line2D(
+            [], [], color=BLACK, label=f"chosen, with votes: {len(votes) - none}", **box
+        ),
         Line2D([], [], color=VERMILLION, label=f"chosen, no votes: {none}", **cross),
     ]
     axes.legend(
