@@ -30,9 +30,9 @@ from d2sparse.plots.style import (
 )
 from d2sparse.plots.transfer import (
     accuracy_against_compression,
-    label_map,
     prompt_grid,
 )
+from d2sparse.plots.votes import label_map
 
 __all__ = [
     "BLACK",
