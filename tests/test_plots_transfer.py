@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 
 from d2sparse import plots
 
@@ -66,7 +67,10 @@ def test_every_network_has_a_panel_and_titles_do_not_meet(networks):
     figure.draw_without_rendering()
     shown = [axes for axes in figure.axes if axes.axison]
     titles = [
-        axes.title if axes.title.get_text() else axes._left_title for axes in shown
+        text
+        for axes in shown
+        for text in axes.findobj(Text)
+        if text.get_text() == axes.get_title(loc="left")
     ]
     assert [t.get_text().split("\n")[0] for t in titles] == names
     assert overlapping([*titles, *figure.legends[0].get_texts()]) == []
