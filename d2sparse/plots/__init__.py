@@ -5,7 +5,10 @@ Figures are made with matplotlib's object interface, so that nothing global chan
 colours are those of Okabe and Ito, told apart by colour-blind readers.
 """
 
-from d2sparse.plots.calibration import reliability_diagram
+from d2sparse.plots.calibration import (
+    reliability_before_and_after,
+    reliability_diagram,
+)
 from d2sparse.plots.cost import accuracy_against_cost
 from d2sparse.plots.curves import Curve, learning_curves
 from d2sparse.plots.labels import DIRECTIONS, DISTANCES, LEADER
@@ -25,6 +28,11 @@ from d2sparse.plots.style import (
     STYLE,
     VERMILLION,
 )
+from d2sparse.plots.transfer import (
+    accuracy_against_compression,
+    prompt_grid,
+)
+from d2sparse.plots.votes import label_map
 
 __all__ = [
     "BLACK",
@@ -43,13 +51,17 @@ __all__ = [
     "VERMILLION",
     "WINDOW",
     "Curve",
+    "accuracy_against_compression",
     "accuracy_against_cost",
     "accuracy_against_sparsity",
     "along_stream",
     "average_ranks",
     "critical_difference",
+    "label_map",
     "learning_curves",
     "mask_pair",
+    "prompt_grid",
     "rank_diagram",
+    "reliability_before_and_after",
     "reliability_diagram",
 ]
