@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from d2sparse import masks
-from d2sparse.masks import layout, top_k
+from d2sparse.masks import layout, search, selection, top_k
 
 TREES = {
     "leaves": [(7, 5), (11,), (), (0, 3), (2, 3, 4)],
@@ -46,16 +46,30 @@ def draw(rng, kind, shape):
     return np.full(shape, 0.5, np.float32)
 
 
+@pytest.fixture(scope="module", params=[1, 8])
+def select(request):
+    """`top_k`, compiled as on one device and as on several."""
+
+    def traced(leaves, k):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "device_count", lambda: request.param)
+            # Not the compiled function, which may have been traced the other way.
+            patch.setattr(selection, "largest", search.largest.__wrapped__)
+            return top_k(leaves, k)
+
+    return jax.jit(traced)
+
+
 @pytest.mark.parametrize("kind", ["distinct", "ties", "special", "constant"])
 @pytest.mark.parametrize("name", TREES)
-def test_top_k_equals_a_sort(name, kind):
+def test_top_k_equals_a_sort(select, name, kind):
     rng = np.random.default_rng(0)
     for _ in range(4):
         leaves = [draw(rng, kind, shape) for shape in TREES[name]]
         n = sum(leaf.size for leaf in leaves)
         eligible = sum(int(np.sum(leaf > -np.inf)) for leaf in leaves)
         for k in {0, 1, eligible - 1, eligible, eligible + 1, n, n + 5, n // 3}:
-            assert_selects(leaves, k)
+            assert_selects(leaves, k, select)
 
 
 def test_top_k_orders_every_number_of_16_bits():

@@ -76,7 +76,7 @@ def count_true(masks: Sequence[jax.Array]) -> jax.Array:
         # Of shards of a leaf the sums are added up. The results of one reduction of
         # several operands would be gathered one by one.
         return jnp.stack([jnp.sum(mask, dtype=jnp.int32) for mask in masks])
-    # XLA on CPU computes the operands of such a reduction while it adds them, and writes
+    # XLA on CPU computes the operands of such a reduction while it adds them. It writes
     # that of a reduction of one to memory first.
     ones, axes = [mask.astype(jnp.int32) for mask in masks], tuple(range(masks[0].ndim))
     return jnp.stack(jax.lax.reduce(ones, [jnp.int32(0)] * len(ones), _add, axes))

@@ -89,7 +89,7 @@ def traffic(method: Method, shapes: Shapes, devices: int) -> Traffic:
     """What a refresh communicates, all of it by all-reduces.
 
     At every pass of a search seven counts for every sharded leaf, also where leaves
-    compete; once those at the cut and above it, and live weights where they are counted.
+    compete; once those at a cut and above, and live weights where they are counted.
     XLA joins those of one pass over the same devices in one call.
 
     >>> traffic(METHODS["RigL"], {"a": (64, 24), "b": (8, 4), "c": (3,)}, 8)
