@@ -1,5 +1,7 @@
 """What is asked of the predictions on a set of examples, and means over the set."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,9 +25,7 @@ def mean(values: jax.Array, where: jax.Array | None) -> jax.Array:
     return jnp.sum(values, where=where) / number(values, where)
 
 
-def check_labels(
-    scores: jax.Array, labels: jax.Array, where: jax.Array | None = None
-) -> None:
+def check_labels(scores: Any, labels: Any, where: Any = None) -> None:
     """Raises where scores, labels and what counts are not of the same examples.
 
     Raises:

@@ -1,5 +1,6 @@
 """Calibration: is a network right as often as it says it is?"""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -187,6 +188,18 @@ def _binned(
     check_probabilities(probabilities, labels, where)
     check_whole("bins", bins, least=1)
     check_choice("scheme", scheme, ("width", "mass"))
+    return _in_bins(probabilities, labels, bins, scheme, where)
+
+
+# Compiled as a whole: operation by operation they would be twenty programs.
+@functools.partial(jax.jit, static_argnames=("bins", "scheme"))
+def _in_bins(
+    probabilities: jax.Array,
+    labels: jax.Array,
+    bins: int,
+    scheme: str,
+    where: jax.Array | None,
+) -> _Examples:
     counted = jnp.ones(labels.shape, bool) if where is None else where
     confidence = jnp.max(probabilities, axis=-1).astype(jnp.float32)
     confidence = jnp.where(counted, confidence, 0).ravel()
@@ -216,6 +229,7 @@ def _bins_of_mass(confidence: jax.Array, counted: jax.Array, bins: int) -> jax.A
     return jnp.searchsorted(ranked[ranks], confidence, side="right").astype(jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnames="bins")
 def _sums(values: jax.Array, bin_of: jax.Array, bins: int) -> jax.Array:
     """Sums of the values in every bin, float32[bins].
 

@@ -22,6 +22,7 @@ from d2sparse.tree import PyTree
 
 _BATCHES = 100  # That statistics of normalisations are taken from.
 _WIDTH = 512  # Examples of a forward pass in evaluation, at most.
+_take = jax.jit(take)  # One program for the sets of one size, whatever is predicted.
 
 
 class Program(NamedTuple):
@@ -193,8 +194,7 @@ def _predictor(training: Training) -> Callable[..., dict[str, np.ndarray]]:
         passes = -(-size // width)
         rows = np.arange(passes * width).reshape(passes, width) % size
         outputs = [
-            forward(state.params, state.model_state, take(data, jnp.asarray(row)))
-            for row in rows
+            forward(state.params, state.model_state, _take(data, row)) for row in rows
         ]
         return jax.tree.map(
             lambda *parts: np.concatenate(parts)[:size], *jax.device_get(outputs)
