@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import optax
 
 from d2sparse.checks import check_key, check_whole
-from d2sparse.scores.local import widen
 
 
 def votes(
@@ -76,7 +75,7 @@ def votes(
     if soft:
         of_class = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
         of_class *= given.astype(jnp.float32)[:, None]
-        chances = jax.nn.softmax(widen(logits)).astype(jnp.float32)
+        chances = jax.nn.softmax(logits.astype(jnp.float32))
         return jnp.matmul(chances.T, of_class, precision="highest")
     exact = not jnp.issubdtype(given.dtype, jnp.floating)
     given = given.astype(jnp.int32 if exact else jnp.float32)
