@@ -11,6 +11,7 @@ import tiny
 from tiny import BATCH, KERNELS, arrays, assert_close, perceptron
 
 from d2sparse import label_maps, prompts, train
+from d2sparse.checkpoint.leaves import layout
 from d2sparse.constraints import (
     Moves,
     StreamOptions,
@@ -175,13 +176,15 @@ def test_a_patch_moves_in_training_and_not_in_evaluation():
     assert not np.array_equal(*(jax.random.key_data(x.key) for x in (first, second)))
     assert not isinstance(training.inputs(target(), None), Shown)
     program = make_program(training)
-    state = trained(program).state
+    state = begun(program).state
     one, two = (program.predict(state, target())["network"] for _ in range(2))
     np.testing.assert_array_equal(one, two)
-    pair = make_program(
-        constrain(plain(), prompted(moving), coupled((static(0.5),), (static(0.5),)))
-    )
-    trained(pair)
+    pair = constrain(training, coupled((static(0.5),), (static(0.5),)))
+    rows = jnp.arange(BATCH)
+    for own in (training, pair):  # A step has a key to give.
+        state = jax.eval_shape(make_program(own).init, jax.random.key(0), target())
+        after, _ = jax.eval_shape(train.make_step(own), state.state, target(), rows)
+        assert layout(after) == layout(state.state)
 
 
 @functools.cache
@@ -237,6 +240,19 @@ def test_a_run_resumes_to_the_bit_and_without_a_final_choice_the_map_stays():
         label_mapped(K, "iterative", every=5, final_refresh=False),
     )
     assert lazy.finish(end, target(), make_program(lazy)) is end.state
+
+
+@pytest.mark.slow
+def test_several_runs_in_one_program_have_the_maps_that_they_have_alone():
+    program = iterative()
+    alone = [trained(program, seed=n) for n in range(2)]
+    runs = [begun(program, n) for n in range(2)]
+    together = train.fit_together(program, runs, [target()] * 2, [Watch()] * 2)
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(
+            maps_of(one.state.model_state)[0], maps_of(other.state.model_state)[0]
+        )
+        assert_close(one.state.params, other.state.params, atol=1e-5)
 
 
 def test_a_frequency_map_is_that_of_the_first_prompt():
