@@ -329,17 +329,24 @@ def test_on_a_stream_only_what_has_arrived_votes():
         assert found == expected
 
 
-def test_phases_of_rounds_are_cut_and_their_titles_stay():
-    training = constrain(
+def rounds():
+    return constrain(
         plain(),
         prompted(PROMPT),
         label_mapped(K, "identity"),
         iterative_magnitude(0.5, rounds=1),
         remapped(K, every=6),
     )
-    stops = [(phase.stop, phase.title) for phase in training.phases]
+
+
+def test_phases_of_rounds_are_cut_and_their_titles_stay():
+    stops = [(phase.stop, phase.title) for phase in rounds().phases]
     assert stops == [(1, ""), (6, ""), (12, "round 0"), (6, ""), (12, "round 1")]
-    titles = []
+
+
+@pytest.mark.slow
+def test_rounds_of_pruning_under_a_map():
+    titles, training = [], rounds()
     program = make_program(training)
     watch = Watch(ended=lambda p, title: titles.append((title, *chosen(p.state)[1:])))
     end = trained(program, watch)
