@@ -23,11 +23,13 @@ Counts = Count | Mapping[str, Count]  # Per leaf by path, or for all leaves toge
 
 # Words in the names of leaves that are added to features or multiplied with each: what
 # layers of Flax, Equinox, Haiku and PyTorch call their biases, scales and statistics.
+# A prompt is added to an image, or stands beside tokens.
 _NO_KERNELS = frozenset(
     {
         *("bias", "biases", "scale", "scales", "offset", "offsets", "shift", "beta"),
         *("gamma", "g", "mean", "var", "variance"),
         *("cls", "pos", "positional", "position"),
+        *("prompt", "prompts"),
     }
 )
 _KERNELS = frozenset(["kernel", "kernels", "weight", "weights"])

@@ -18,6 +18,8 @@ FLOORS = {
     "scores": 1,
     "distributions": 1,
     "schedules": 1,
+    "prompts": 1,
+    "label_maps": 1,
     "rules": 2,
     "reparam": 2,
     "packing": 2,

@@ -11,6 +11,8 @@
 `distilled`: a network learns from one that was trained before it.
 `coupled`: two networks teach each other (D2-Sparse); `paired`: under one budget.
 `averaging`, `pacing`: the average of the weights, the learning-rate schedule.
+`prompted`: a visual prompt in front of the network; `label_mapped`: its classes stand
+for those of another task.
 `streams`: data arrive in megabatches (anytime learning);
 `timetables`, `arrivals`, `stages`: what arrives when, pruning by it, the phases.
 `stream_methods`: STREAM_METHODS, all that is compared on streams, by name.
@@ -29,6 +31,7 @@ from d2sparse.constraints.growing import (
     sparse_momentum,
     static,
 )
+from d2sparse.constraints.label_mapped import label_mapped, remapped
 from d2sparse.constraints.latent import (
     powerprop,
     reparametrised,
@@ -47,6 +50,7 @@ from d2sparse.constraints.methods import METHODS, MIXES, Method
 from d2sparse.constraints.options import Options
 from d2sparse.constraints.pacing import paced
 from d2sparse.constraints.paired import Learners, consolidated, paired
+from d2sparse.constraints.prompted import prompted
 from d2sparse.constraints.pruning import ac_dc, gradual, granet, movement, one_shot
 from d2sparse.constraints.scored import fisher, grasp, snip, synflow, wanda
 from d2sparse.constraints.soups import souped, swamp
@@ -87,6 +91,7 @@ __all__ = [
     "grasp",
     "iterative_magnitude",
     "kept",
+    "label_mapped",
     "last_refresh",
     "layer_densities",
     "make_timetable",
@@ -96,6 +101,8 @@ __all__ = [
     "pair_masks",
     "paired",
     "powerprop",
+    "prompted",
+    "remapped",
     "reparametrised",
     "rigl",
     "set_",
