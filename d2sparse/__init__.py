@@ -3,7 +3,8 @@
 The public names by floor; a room imports only from lower ones.
 
 Floor 1, pure functions over trees: `masks`, `scores`, `distributions`, `schedules`.
-Floor 2, rules and terms: `rules`, `reparam`, `packing`, `losses`, `metrics`, `macs`.
+Floor 2, rules and terms: `rules`, `reparam`, `quantisation`, `packing`, `losses`,
+`metrics`, `macs`.
 Floor 3, `transforms` (Optax), and the packages `models` and `data`.
 Floors 4 to 6, training and experiments: `train`, `dual`, `lottery`, `checkpoint`,
 `records`, `plots`.
@@ -113,8 +114,8 @@ __all__ = [
 _LATER = frozenset(
     {
         *("anytime", "checkpoint", "checks", "data", "distributions", "dual"),
-        *("lottery", "models", "plots", "records", "rules", "schedules", "train"),
-        *("transforms", "tree"),
+        *("lottery", "models", "plots", "quantisation", "records", "rules"),
+        *("schedules", "train", "transforms", "tree"),
     }
 )
 
