@@ -10,6 +10,7 @@
 `ensembles`: several networks out of one training.
 `distilled`: a network learns from one that was trained before it.
 `coupled`: two networks teach each other (D2-Sparse); `paired`: under one budget.
+`quantised`: weights and activations of few bits.
 `averaging`, `pacing`: the average of the weights, the learning-rate schedule.
 `streams`: data arrive in megabatches (anytime learning);
 `timetables`, `arrivals`, `stages`: what arrives when, pruning by it, the phases.
@@ -48,6 +49,7 @@ from d2sparse.constraints.options import Options
 from d2sparse.constraints.pacing import paced
 from d2sparse.constraints.paired import Learners, consolidated, paired
 from d2sparse.constraints.pruning import ac_dc, gradual, granet, movement, one_shot
+from d2sparse.constraints.quantised import quantised
 from d2sparse.constraints.scored import fisher, grasp, snip, synflow, wanda
 from d2sparse.constraints.soups import souped, swamp
 from d2sparse.constraints.stream_methods import STREAM_METHODS, Streamed
@@ -96,6 +98,7 @@ __all__ = [
     "pair_masks",
     "paired",
     "powerprop",
+    "quantised",
     "reparametrised",
     "rigl",
     "set_",
