@@ -23,6 +23,7 @@ FLOORS = {
     "rules": 2,
     "reparam": 2,
     "packing": 2,
+    "quantisation": 2,
     "losses": 2,
     "metrics": 2,
     "macs": 2,

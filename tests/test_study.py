@@ -119,7 +119,10 @@ ALONE = {
         ({"methods": ("static", "nope")}, "expected methods of dense, "),
         ({"methods": ("rigl", "rigl")}, "expected different methods of"),
         ({"methods": ()}, "expected different methods of .*, got none"),
-        ({"with_": ("rigl",)}, "expected with of averaged, sharp, smoothed, got"),
+        (
+            {"with_": ("rigl",)},
+            "expected with of averaged, quantised, sharp, smoothed, got",
+        ),
         ({"axes": {"sparsity": (0.5, 1.5)}}, "sparsity"),
         ({"axes": {"sparsity": ()}}, "expected different values of sparsity"),
         ({"axes": {"seedz": (1, 2)}}, "expected axes of"),

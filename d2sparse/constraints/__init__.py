@@ -10,6 +10,7 @@
 `ensembles`: several networks out of one training.
 `distilled`: a network learns from one that was trained before it.
 `coupled`: two networks teach each other (D2-Sparse); `paired`: under one budget.
+`quantised`: weights and activations of few bits.
 `averaging`, `pacing`: the average of the weights, the learning-rate schedule.
 `prompted`: a visual prompt in front of the network; `label_mapped`: its classes stand
 for those of another task.
@@ -52,6 +53,7 @@ from d2sparse.constraints.pacing import paced
 from d2sparse.constraints.paired import Learners, consolidated, paired
 from d2sparse.constraints.prompted import prompted
 from d2sparse.constraints.pruning import ac_dc, gradual, granet, movement, one_shot
+from d2sparse.constraints.quantised import quantised
 from d2sparse.constraints.scored import fisher, grasp, snip, synflow, wanda
 from d2sparse.constraints.soups import souped, swamp
 from d2sparse.constraints.stream_methods import STREAM_METHODS, Streamed
@@ -102,6 +104,7 @@ __all__ = [
     "paired",
     "powerprop",
     "prompted",
+    "quantised",
     "remapped",
     "reparametrised",
     "rigl",

@@ -18,6 +18,7 @@ from d2sparse.constraints.growing import rigl, set_, sparse_momentum, static
 from d2sparse.constraints.lottery import iterative_magnitude, kept
 from d2sparse.constraints.options import Options
 from d2sparse.constraints.paired import Learners, paired
+from d2sparse.constraints.quantised import quantised
 from d2sparse.dual import Coupling
 from d2sparse.train import Constraint
 
@@ -37,12 +38,14 @@ class Method(NamedTuple):
         decay; or a function of the flags that returns them.
       ticket: what it does with the masks of a lottery ticket: it "keeps" their number
         of weights, or "prunes" on; empty where it cannot start from one.
+      innermost: of a mix, whether it comes before the constraints of the method.
     """
 
     constraints: Callable[[Any], Constraints]
     sets: Mapping[str, Any] = {}
     tries: Tries = types.MappingProxyType({})
     ticket: str = ""
+    innermost: bool = False
 
 
 _DROPS = {"drop_fraction": (0.1, 0.3, 0.5)}
@@ -97,6 +100,12 @@ def _finished(o: Options, pair: Constraint, merged: bool = False) -> Constraints
     return (finished(pair, o.finish_part, o.finish_rate, lesson, merged),)
 
 
+def _quantised(o: Options) -> Constraints:
+    return (
+        quantised(o.bits, o.activation_bits, scale=o.weight_scale, edges=o.edge_bits),
+    )
+
+
 def _horizons(flags: Any) -> Mapping[str, tuple[Any, ...]]:
     return {"horizon": tuple(max(flags.steps // n, 1) for n in (24, 12, 6, 3))}
 
@@ -120,6 +129,7 @@ _CAPPED = {
 # What every method can be mixed with.
 MIXES: Mapping[str, Method] = {
     "averaged": Method(lambda o: (averaged(o.tail),), _STAYS, _TAILS),
+    "quantised": Method(_quantised, tries={"bits": (2, 3, 4, 8)}, innermost=True),
     "sharp": Method(lambda o: (), {"sharpness": 0.05}, _RADII),
     "smoothed": Method(lambda o: (), {"label_smoothing": 0.1}),
 }

@@ -13,12 +13,14 @@ from d2sparse.constraints.masked import Structure
 from d2sparse.distributions import Distribution, check_sparsity
 from d2sparse.dual import Coupling
 from d2sparse.masks import Selection
+from d2sparse.quantisation import check_bits
 from d2sparse.scores import Score
 
 DistributionName = Literal["auto", "global", "uniform", "er", "erk"]
 PatternName = Literal["unstructured", "n_of_m", "blocks", "channels"]
 ScoreName = Literal["magnitude", "random", "saliency", "gradient"]
 PairRule = Literal["rigl", "set", "static"]
+WeightScale = Literal["absmax", "mse"]
 Preset = Literal["averaged", "symmetric", "fast_slow", "constant"]
 
 
@@ -56,6 +58,12 @@ class Options:
     members: int = 2  # networks of free_tickets, and of a round of soup and swamp
     explore: float = 0.5  # part of the training before free_tickets anneals the first
 
+    bits: int = 4  # of quantised kernels
+    activation_bits: int = 8  # of the inputs of their layers; 0: floats
+    edge_bits: int = 8  # of the first and the last layer, both of these
+    # What a code of weights stands for: absmax clips none, mse has the least error.
+    weight_scale: WeightScale = "absmax"
+
     tail: float = 0.25  # last part of the training whose weights are averaged
     coupling: float = 1.0  # weight of a peer's or a teacher's teaching
     temperature: float = 1.0  # of the softened outputs that are taught
@@ -82,6 +90,10 @@ class Options:
                 raise ValueError(
                     f"expected {name} in [0, 1), got {getattr(self, name)}"
                 )
+        for name in _BITS:
+            check_bits(getattr(self, name))
+        if self.activation_bits:  # 0 stands for floats.
+            check_bits(self.activation_bits)
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
 
@@ -172,12 +184,14 @@ _FRACTIONS = (
     *("drop_fraction", "prune_at", "start_sparsity", "rewind_fraction", "explore"),
     *("trust_threshold", "finish_part"),
 )
+_BITS = ("bits", "edge_bits")
 _CHOICES = {
     "distribution": get_args(DistributionName),
     "pattern": get_args(PatternName),
     "score": get_args(ScoreName),
     "rewinding": ("weights", "learning_rate"),
     "preset": get_args(Preset),
+    "weight_scale": get_args(WeightScale),
     "pair_rule": get_args(PairRule),
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from d2sparse import data, train
-from d2sparse.constraints import METHODS, Method, Options, StreamOptions
+from d2sparse.constraints import METHODS, MIXES, Method, Options, StreamOptions
 from d2sparse.constraints.equal_costs import Known
 from d2sparse.schedules import refresh_interval, refresh_stop
 from d2sparse.study.flags import Config, TrainingFlags, check_names, given, text_of
@@ -199,8 +199,8 @@ def flags_used(rows: Iterable[Method], options: Options) -> set[str]:
 
 
 def unread_options(names: Iterable[str]) -> tuple[str, ...]:
-    """The options that none of some methods of METHODS goes by."""
-    rows = [METHODS[name] for name in names]
+    """The options that none of some methods of METHODS goes by, nor what they mix."""
+    rows = [*(METHODS[name] for name in names), *MIXES.values()]
     read: set[str] = set()
     for options in (Options(), Options(pattern="n_of_m")):
         read |= flags_used(rows, options)

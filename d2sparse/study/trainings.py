@@ -57,7 +57,8 @@ def make_training(
     training = train.plain(model, like, recipe)
     if flags.ticket:
         training = from_ticket(_load_ticket(flags, training, like))(training)
-    constraints = [c for row in mixed(flags, method) for c in row.constraints(flags)]
+    rows = sorted(mixed(flags, method), key=lambda row: not row.innermost)
+    constraints = [c for row in rows for c in row.constraints(flags)]
     return constrain(training, *constraints)
 
 
