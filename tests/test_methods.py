@@ -123,7 +123,7 @@ VARIANTS = {
 # Rows made of constraints, rules and scores that are trained in other rows or files.
 COMPOSED = (
     *("set", "random", "rigl_averaged", "dense_ensemble", "uncoupled_pair"),
-    *("d2_consolidated", "d2_averaged_distilled"),
+    "d2_consolidated",
 )
 TRAINED = tuple(name for name in ZOO if name not in (*VARIANTS, *COMPOSED))
 
