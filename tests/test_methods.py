@@ -1,6 +1,7 @@
 """Every method, as an experiment at tiny size: numbers, masks, costs, resumption."""
 
 import dataclasses
+import functools
 import itertools
 import re
 
@@ -102,6 +103,37 @@ MASKED = [
 ]
 DENSE = ("self_distilled", "rise")  # Frozen weights of rise stay.
 ZOO = tuple(name for name in METHODS if name not in ("fixed", "dense_narrow"))
+# Rows that are another one with flags: those that they set, or these.
+VARIANTS = {
+    **dict.fromkeys(("dense_smoothed", "dense_sharp"), ("dense", {})),
+    "rigl_half": ("rigl", {"sparsity": 0.875}),
+    "imp_capped": ("imp", {}),
+    **dict.fromkeys(
+        ("uncoupled_annealed", "uncoupled_averaged"), ("uncoupled_pair", {})
+    ),
+    **dict.fromkeys(
+        (
+            *("d2_annealed", "d2_views", "d2_confident", "d2_sharp"),
+            *("d2_averaged_views", "d2_averaged_sharp"),
+        ),
+        ("d2_sparse", {}),
+    ),
+    "d2_distilled": ("d2_averaged_distilled", {}),
+}
+# Rows made of constraints, rules and scores that are trained in other rows or files.
+COMPOSED = (
+    *("set", "random", "rigl_averaged", "dense_ensemble", "uncoupled_pair"),
+    "d2_consolidated",
+)
+TRAINED = tuple(name for name in ZOO if name not in (*VARIANTS, *COMPOSED))
+
+
+def rows_of(names):
+    """Parameters of a test, those that are not among the trained ones slow."""
+    return [
+        pytest.param(name, marks=() if name in TRAINED else pytest.mark.slow)
+        for name in names
+    ]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -112,20 +144,27 @@ def _quick_compilation():
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
-    """Results and end of the run of every method, from one comparison."""
-    ends = {}
+    """Result and end of the run of a method, of one comparison of all or of most."""
 
-    def remember(end):
-        ends[end.plan.row.method] = end
-        return {}
+    @functools.cache
+    def trained(names):
+        ends = {}
 
-    config = dataclasses.replace(
-        TINY, methods=ZOO, workdir=str(tmp_path_factory.mktemp("runs") / "zoo")
-    )
-    bare = study.Experiment("zoo", examine=remember, report=lambda comparison: {})
-    frame = study.compare(config, bare, model=ONE_LAYER)
-    rows = {row["method"]: row for row in frame.to_dict("records")}
-    return rows, ends
+        def remember(end):
+            ends[end.plan.row.method] = end
+            return {}
+
+        workdir = str(tmp_path_factory.mktemp("runs") / "zoo")
+        config = dataclasses.replace(TINY, methods=names, workdir=workdir)
+        bare = study.Experiment("zoo", examine=remember, report=lambda comparison: {})
+        frame = study.compare(config, bare, model=ONE_LAYER)
+        return {row["method"]: row for row in frame.to_dict("records")}, ends
+
+    def of(name):
+        rows, ends = trained(TRAINED if name in TRAINED else ZOO)
+        return rows[name], ends[name]
+
+    return of
 
 
 DIGITS = splits.make_draw_splits(data.load("digits"))
@@ -210,9 +249,9 @@ def saved_ticket(directory, model=ONE_LAYER):
     return ticket
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", rows_of(ZOO))
 def test_a_method_predicts_and_has_the_numbers_of_its_masks(name, zoo):
-    row, end = zoo[0][name], zoo[1][name]
+    row, end = zoo(name)
     assert 0 < row["accuracy"] < 1
     assert np.isfinite(row["nll"])
     assert row["relative_macs"] > 0
@@ -224,7 +263,38 @@ def test_a_method_predicts_and_has_the_numbers_of_its_masks(name, zoo):
     assert row["nonzeros"] == stored
 
 
-@pytest.mark.parametrize("name", COST)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_what_it_varies_with_other_flags(name):
+    base, flags = VARIANTS[name]
+    asked = {} if base == "dense" else {"sparsity": 0.75}
+    plan = plan_of(name, **asked)
+    sets = {flag: getattr(plan.config, flag) for flag in METHODS[name].sets}
+    constants = {k: v for k, v in METHODS[name].sets.items() if not callable(v)}
+    assert flags or sets
+    assert constants.items() <= sets.items()
+    other = plan_of(base, **(asked | sets | flags))
+    # A flag besides those that it sets is one that it makes another of.
+    own = {flag: getattr(plan.config, flag) for flag in flags}
+    expected = dataclasses.replace(other.config, methods=(name,), **own)
+    assert plan.config == expected
+    assert outline(plan.training) == outline(other.training)
+
+
+def outline(training):
+    """What there is to see of a training before it is compiled."""
+    phases = training.phases
+    begin = functools.partial(training.init, training)
+    settings = {k: jnp.float32(v) for k, v in training.settings.items()}
+    return (
+        {k: float(v) for k, v in training.settings.items()},
+        *(training.batch_size, training.horizon, training.growth_samples),
+        [(phase.stop, phase.title, phase.training is None) for phase in phases],
+        dict(training.claims),
+        jax.tree.leaves(jax.eval_shape(begin, jax.random.key(0), examples(), settings)),
+    )
+
+
+@pytest.mark.parametrize("name", rows_of(COST))
 def test_a_method_reaches_the_numbers_that_it_was_asked_for(name, zoo):
     # 1:2 is as sparse as pairs can be.
     left = {"sr_ste": KERNELS // 2, "rigl_half": KERNELS // 8}.get(name, LIVE)
@@ -234,35 +304,36 @@ def test_a_method_reaches_the_numbers_that_it_was_asked_for(name, zoo):
         networks, left = 2, 2 * KERNELS
     elif name.startswith(("d2", "uncoupled")):
         networks = 2
-    row = zoo[0][name]
+    row = zoo(name)[0]
     assert row["nonzeros"] == left + networks * BIASES
     np.testing.assert_allclose(row["zeros"], 1 - left / networks / KERNELS, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", COST)
+@pytest.mark.parametrize("name", rows_of(COST))
 def test_training_costs_what_the_masks_of_every_step_say(name, zoo):
-    np.testing.assert_allclose(zoo[0][name]["relative_macs"], COST[name], rtol=1e-3)
+    np.testing.assert_allclose(zoo(name)[0]["relative_macs"], COST[name], rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", rows_of(MASKED))
 def test_what_is_pruned_is_zero_and_what_is_left_is_stored(name, zoo):
-    rows, ends = zoo
-    masks = kernel_masks(ends[name].state)
+    row, end = zoo(name)
+    masks = kernel_masks(end.state)
     count = sum(mask.sum() for mask in masks.values())
-    assert count + BIASES == rows[name]["nonzeros"]
-    for path, weight in kernels(ends[name].state.params).items():
+    assert count + BIASES == row["nonzeros"]
+    for path, weight in kernels(end.state.params).items():
         np.testing.assert_array_equal(weight[~masks[path]], 0)
 
 
 @pytest.mark.parametrize("name", ["top_kast", "sr_ste"])
 def test_latent_weights_stay_dense(name, zoo):
-    rows, ends = zoo
-    assert all(np.all(weight) for weight in kernels(ends[name].state.params).values())
-    assert rows[name]["nonzeros"] < KERNELS
+    row, end = zoo(name)
+    assert all(np.all(weight) for weight in kernels(end.state.params).values())
+    assert row["nonzeros"] < KERNELS
 
 
 def test_soft_thresholds_find_a_sparsity_of_their_own(zoo):
-    row, params = zoo[0]["str"], zoo[1]["str"].state.params
+    row, end = zoo("str")
+    params = end.state.params
     assert np.isnan(row["sparsity"])
     zeros = 0
     for path, weight in kernels(params["params"]).items():
@@ -278,7 +349,7 @@ def test_soft_thresholds_find_a_sparsity_of_their_own(zoo):
 def test_a_larger_decay_of_the_thresholds_leaves_fewer_weights(zoo):
     plan, _, end = learned("str", threshold_decay=0.0)
     size = sum(mask.sum() for mask in live(plan, end).values())
-    assert zoo[0]["str"]["nonzeros"] - BIASES < size
+    assert zoo("str")[0]["nonzeros"] - BIASES < size
 
 
 def test_the_narrow_network_has_no_more_numbers_than_the_sparse_one():
@@ -308,7 +379,7 @@ def test_powers_go_on_from_a_ticket_with_its_weights(tmp_path):
 
 
 def test_wanda_keeps_as_many_weights_of_every_output(zoo):
-    for mask in kernel_masks(zoo[1]["wanda"].state).values():
+    for mask in kernel_masks(zoo("wanda")[1].state).values():
         count = mask.sum(axis=0)
         assert count.max() - count.min() <= 1
 
@@ -392,17 +463,17 @@ def test_random_patterns_share_the_budget_by_erk_and_magnitudes_globally():
 
 
 def test_methods_move_masks_or_keep_them(zoo):
-    drawn = kernel_masks(zoo[1]["static"].state)
-    for name in ("set", "rigl", "sparse_momentum"):
-        masks = kernel_masks(zoo[1][name].state)
+    drawn = kernel_masks(zoo("static")[1].state)
+    for name in ("rigl", "sparse_momentum"):
+        masks = kernel_masks(zoo(name)[1].state)
         assert any(np.any(mask != drawn[path]) for path, mask in masks.items())
 
 
 def test_the_cost_of_a_static_mask_is_that_of_its_leaves(zoo):
     network = plan_of("static").training.network
-    mask = get_masks(zoo[1]["static"].state.opt_state)
+    mask = get_masks(zoo("static")[1].state.opt_state)
     share = float(macs.masked_macs(network.macs, mask)) / network.dense_macs
-    np.testing.assert_allclose(zoo[0]["static"]["relative_macs"], share, rtol=1e-6)
+    np.testing.assert_allclose(zoo("static")[0]["relative_macs"], share, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -548,7 +619,7 @@ def test_a_score_on_data_that_is_nan_is_named(name, monkeypatch):
 
 
 def test_the_forward_set_of_top_kast_is_part_of_what_is_trained(zoo):
-    states, left, plan = [], [], zoo[1]["top_kast"].plan
+    states, left, plan = [], [], zoo("top_kast")[1].plan
 
     def report(progress, logs):
         del logs
@@ -578,7 +649,7 @@ def test_skipped_updates_do_not_hide_a_network_that_has_diverged(tmp_path):
         workdir=str(tmp_path / "run"),
         progress=False,
     )
-    layers = models.make_model("lenet_300_100", 10, 0.1)
+    layers = models.from_linen(MLP((4, 4), 10))
     study.compare(config, study.Experiment("prune"), model=layers)
     failed = read(tmp_path / "run" / "summary.json")["failed"]
     assert list(failed) == [
@@ -596,8 +667,8 @@ def test_skipped_updates_do_not_hide_a_network_that_has_diverged(tmp_path):
 
 # Those that have phases, a state or a loss of their own.
 RESUMED = {
-    *("rigl", "imp", "soup", "swamp", "free_tickets", "snip", "str"),
-    *("self_distilled", "d2_sparse", "d2_consolidated", "d2_merged"),
+    *("rigl", "imp", "soup", "free_tickets", "str"),
+    *("self_distilled", "d2_sparse", "d2_merged"),
 }
 
 
@@ -636,13 +707,13 @@ def numbers(x):
     ],
 )
 def test_a_method_resumes_to_the_bit(name, zoo):
-    saved, end = saved_and_end(zoo[1][name])
+    saved, end = saved_and_end(zoo(name)[1])
     assert len(saved) >= 6
     for progress, logs in saved[:: max(len(saved) // 3, 1)]:
         copied = jax.tree.map(jnp.copy, progress)
         watch = train.Watch(every=5, logs=logs)
         assert same(
-            train.fit(zoo[1][name].plan.program, copied, examples(), watch), end
+            train.fit(zoo(name)[1].plan.program, copied, examples(), watch), end
         )
 
 
@@ -654,8 +725,8 @@ def test_a_method_resumes_to_the_bit(name, zoo):
     ],
 )
 def test_a_checkpoint_has_the_form_of_its_phase(name, zoo, tmp_path, caplog):
-    program = zoo[1][name].plan.program
-    saved, end = saved_and_end(zoo[1][name])
+    program = zoo(name)[1].plan.program
+    saved, end = saved_and_end(zoo(name)[1])
     number = [int(progress.phase) for progress, _ in saved]
     handed_over = number.index(1)  # The last of the teacher, the first of the student.
     for place in (2, handed_over - 1, handed_over, handed_over + 1):
