@@ -72,6 +72,15 @@ def test_top_k_equals_a_sort(select, name, kind):
             assert_selects(leaves, k, select)
 
 
+def test_among_bools_the_first_of_the_eligible_are_kept(select):
+    leaves = [np.array([True, False, True]), np.array([[True], [False], [True]])]
+    scores = [np.where(leaf, np.float32(0), -np.inf) for leaf in leaves]
+    for k in range(7):
+        expected = expected_top_k(scores, k)
+        for got, mask in zip(select(leaves, k), expected, strict=True):
+            np.testing.assert_array_equal(got, mask)
+
+
 def test_top_k_orders_every_number_of_16_bits():
     rng = np.random.default_rng(2)
     patterns = [rng.permutation(2**16).astype(np.uint16) for _ in range(2)]

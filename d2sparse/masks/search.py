@@ -116,8 +116,11 @@ def _cut(
     zero, full = jnp.zeros_like(k, jnp.uint32), jnp.full_like(k, _FULL, jnp.uint32)
     count = functools.partial(_counts, groups=groups, units=units)
 
-    least = jnp.where(k > 0, zero + 1, full)
+    least = jnp.where(k > 0, zero, full)
     key, reached = _kth(functools.partial(count, keys), k, least, full)
+    key = jnp.maximum(
+        key, 1
+    )  # A key of 0 is never kept, also where too few others are.
 
     def among_ties() -> jax.Array:
         _, above = count(keys, jnp.stack([key, key + 1], axis=1)).T
@@ -147,8 +150,8 @@ def _kth(
       most: uint32[groups], above which fewer than k reach.
 
     Returns:
-      `(threshold, reached)` of every group; -1 where it is not known how many reach it,
-      which only fewer than k can be.
+      `(threshold, reached)` of every group; reached is -1 where the threshold is still
+      the least, whose number is not known.
     """
 
     def is_open(state: _Range) -> jax.Array:
