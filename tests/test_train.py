@@ -16,7 +16,6 @@ from d2sparse.masks import apply_masks, dense_masks
 from d2sparse.models import Model
 from d2sparse.rules import MaskRule, fixed
 from d2sparse.schedules import at, every
-from d2sparse.train import program
 from d2sparse.train.loops import Stretch, take_steps
 from d2sparse.transforms import get_masks, sparsify
 from d2sparse.tree import flatten
@@ -591,7 +590,7 @@ def test_the_rule_sees_the_gradient_of_the_growth_batch(data, growth_samples):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 512])
 def test_predictions_do_not_depend_on_the_batch_size(data, batch_size, monkeypatch):
-    monkeypatch.setattr(program, "_WIDTH", batch_size)
+    monkeypatch.setattr("d2sparse.train.state._WIDTH", batch_size)
     model, x = perceptron(), train.inputs(data)
     params, _ = model.init(jax.random.key(0), x[:1])
     # Not the statistics of the batch, which is cut up.

@@ -22,13 +22,14 @@ from d2sparse.train import (
     Training,
     TrainState,
     claim,
+    passes,
+    stay,
     take,
 )
 from d2sparse.tree import PyTree
 
 KINDS = ("random", "identity", "frequency", "iterative")
 _SOLVERS = {"greedy": label_maps.greedy, "hungarian": label_maps.hungarian}
-_WIDTH = 512  # Examples of a forward pass, at most.
 
 
 class Mapped(NamedTuple):
@@ -280,14 +281,9 @@ def _phases(
         for part, stop in enumerate(stops):
             own = phase._replace(stop=stop)
             if part:
-                own = own._replace(enter=_stay)
+                own = own._replace(enter=stay)
             title = phase.title if stop == phase.stop else ""
             yield own._replace(enter=_Choosing(own, choose), title=title)
-
-
-def _stay(progress: Progress, data: Data, program: Any) -> Progress:
-    del data, program
-    return progress
 
 
 def _make_counter(
@@ -313,17 +309,13 @@ def _make_counter(
     def counted(
         params: PyTree, model_state: PyTree, data: Data, voters: jax.Array | None
     ) -> list[jax.Array]:
-        size = len(data.labels)
-        width = min(_WIDTH, 1 << (size - 1).bit_length())
-        passes = -(-size // width)
-        places = np.arange(passes * width).reshape(passes, width)
         total = None
-        for own in places:
-            rows = jnp.asarray(own % size)
-            weight = jnp.asarray(own < size)
+        for rows, counts in passes(len(data.labels)):
+            weight = jnp.asarray(counts)
             if voters is not None:
                 weight &= voters[rows]
-            found = votes(params, model_state, take(data, rows), weight)
+            batch = take(data, jnp.asarray(rows))
+            found = votes(params, model_state, batch, weight)
             total = found if total is None else jax.tree.map(jnp.add, total, found)
         assert total is not None
         return total

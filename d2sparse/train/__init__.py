@@ -38,6 +38,7 @@ from d2sparse.train.state import (
     begin_state,
     init_state,
     inputs,
+    passes,
     take,
     to_device,
 )
@@ -134,6 +135,7 @@ __all__ = [
     "make_program",
     "make_runner",
     "make_step",
+    "passes",
     "place",
     "plain",
     "same_masks",

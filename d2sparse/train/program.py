@@ -15,13 +15,12 @@ from jax.sharding import Mesh
 from d2sparse.data import batch_indices
 from d2sparse.scores.local import widen
 from d2sparse.train.loops import Runner, make_runner
-from d2sparse.train.state import Data, Metrics, TrainState, take
+from d2sparse.train.state import Data, Metrics, TrainState, passes, take
 from d2sparse.train.steps import Step, growth_batch, is_finite, step_keys
 from d2sparse.train.training import Context, Progress, Settings, Training
 from d2sparse.tree import PyTree
 
 _BATCHES = 100  # That statistics of normalisations are taken from.
-_WIDTH = 512  # Examples of a forward pass in evaluation, at most.
 _take = jax.jit(take)  # One program for the sets of one size, whatever is predicted.
 
 
@@ -173,11 +172,7 @@ def make_step(training: Training) -> Step:
 
 
 def _predictor(training: Training) -> Callable[..., dict[str, np.ndarray]]:
-    """Predictions in evaluation mode.
-
-    The last pass is filled up, and smaller sets to a power of two, so that sets that
-    grow compile a few programs.
-    """
+    """Predictions in evaluation mode."""
 
     @jax.jit
     def forward(params: PyTree, model_state: PyTree, batch: Data) -> Any:
@@ -190,11 +185,9 @@ def _predictor(training: Training) -> Callable[..., dict[str, np.ndarray]]:
         size = len(data.labels)
         if not size:
             raise ValueError("expected at least one example to predict, got none")
-        width = min(_WIDTH, 1 << (size - 1).bit_length())
-        passes = -(-size // width)
-        rows = np.arange(passes * width).reshape(passes, width) % size
         outputs = [
-            forward(state.params, state.model_state, _take(data, row)) for row in rows
+            forward(state.params, state.model_state, _take(data, rows))
+            for rows, _ in passes(size)
         ]
         return jax.tree.map(
             lambda *parts: np.concatenate(parts)[:size], *jax.device_get(outputs)

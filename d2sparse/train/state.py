@@ -1,10 +1,11 @@
 """What a run is: its state, and the data that it sees."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from d2sparse.data import Split, channel_statistics, standardize
@@ -14,6 +15,8 @@ from d2sparse.transforms.inputs import as_key
 from d2sparse.tree import PyTree
 
 Metrics = dict[str, jax.Array]
+
+_WIDTH = 512  # Examples of a forward pass in evaluation, at most.
 
 
 class Faults(NamedTuple):
@@ -85,7 +88,6 @@ def to_device(split: Split, like: Data | None = None) -> Data:
     Raises:
       ValueError: the examples are neither uint8[n, h, w, c] nor floats.
 
-    >>> import numpy as np
     >>> split = Split(np.zeros((4, 8, 8, 1), np.uint8), np.arange(4, dtype=np.int32))
     >>> to_device(split).images.shape
     (4, 8, 8, 1)
@@ -104,7 +106,6 @@ def to_device(split: Split, like: Data | None = None) -> Data:
 def take(data: Data, indices: jax.Array) -> Data:
     """The examples at the given indices, with all their labels.
 
-    >>> import numpy as np
     >>> split = Split(np.zeros((4, 8, 8, 1), np.uint8), np.arange(4, dtype=np.int32))
     >>> take(to_device(split), jnp.array([3, 1])).labels.tolist()
     [3, 1]
@@ -114,6 +115,27 @@ def take(data: Data, indices: jax.Array) -> Data:
         labels=data.labels[indices],
         further={name: values[indices] for name, values in data.further.items()},
     )
+
+
+def passes(size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All examples of a set, in passes of one size over at most 512 of them.
+
+    The last pass is filled up, and smaller sets to a power of two, so that sets that
+    grow compile a few programs.
+
+    Args:
+      size: number of examples, at least 1.
+
+    Yields:
+      int[width] indices, and bool[width], which of them are not there to fill up.
+
+    >>> [(rows.tolist(), counts.tolist()) for rows, counts in passes(3)]
+    [([0, 1, 2, 0], [True, True, True, False])]
+    """
+    width = min(_WIDTH, 1 << (size - 1).bit_length())
+    for start in range(0, size, width):
+        places = np.arange(start, start + width)
+        yield places % size, places < size
 
 
 def inputs(data: Data) -> jax.Array:
