@@ -14,9 +14,11 @@
 `averaging`, `pacing`: the average of the weights, the learning-rate schedule.
 `prompted`: a visual prompt in front of the network; `label_mapped`: its classes stand
 for those of another task.
+`transferred`: a trained network on another task, frozen, probed or fine-tuned.
 `streams`: data arrive in megabatches (anytime learning);
 `timetables`, `arrivals`, `stages`: what arrives when, pruning by it, the phases.
 `stream_methods`: STREAM_METHODS, all that is compared on streams, by name.
+`transfer_methods`: TRANSFER_METHODS, the ways to another task, by name.
 `methods`: METHODS, all of these by name, built from `options.Options`.
 """
 
@@ -32,7 +34,12 @@ from d2sparse.constraints.growing import (
     sparse_momentum,
     static,
 )
-from d2sparse.constraints.label_mapped import label_mapped, remapped
+from d2sparse.constraints.label_mapped import (
+    label_mapped,
+    maps_of,
+    remapped,
+    with_maps,
+)
 from d2sparse.constraints.latent import (
     powerprop,
     reparametrised,
@@ -64,11 +71,26 @@ from d2sparse.constraints.streams import (
     stream_steps,
 )
 from d2sparse.constraints.timetables import StreamOptions, make_timetable, timetable_of
+from d2sparse.constraints.transfer_methods import (
+    TRANSFER_METHODS,
+    TransferOptions,
+    Transferred,
+    make_prompt,
+)
+from d2sparse.constraints.transferred import (
+    fine_tuned,
+    frozen,
+    probed,
+    sees,
+    started_from,
+    with_head,
+)
 
 __all__ = [
     "METHODS",
     "MIXES",
     "STREAM_METHODS",
+    "TRANSFER_METHODS",
     "Arrival",
     "Learners",
     "Method",
@@ -78,16 +100,20 @@ __all__ = [
     "StreamOptions",
     "Streamed",
     "Structure",
+    "TransferOptions",
+    "Transferred",
     "ac_dc",
     "as_long_as_stream",
     "averaged",
     "consolidated",
     "coupled",
     "distilled",
+    "fine_tuned",
     "finished",
     "fisher",
     "free_tickets",
     "from_ticket",
+    "frozen",
     "gradual",
     "granet",
     "grasp",
@@ -96,24 +122,29 @@ __all__ = [
     "label_mapped",
     "last_refresh",
     "layer_densities",
+    "make_prompt",
     "make_timetable",
+    "maps_of",
     "movement",
     "one_shot",
     "paced",
     "pair_masks",
     "paired",
     "powerprop",
+    "probed",
     "prompted",
     "quantised",
     "remapped",
     "reparametrised",
     "rigl",
+    "sees",
     "set_",
     "snip",
     "soft_threshold",
     "souped",
     "sparse_momentum",
     "sr_ste",
+    "started_from",
     "static",
     "stream",
     "stream_steps",
@@ -122,4 +153,6 @@ __all__ = [
     "timetable_of",
     "top_kast",
     "wanda",
+    "with_head",
+    "with_maps",
 ]

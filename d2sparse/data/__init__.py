@@ -34,6 +34,7 @@ from d2sparse.data.streams import (
     on_finest_grid,
     visible,
 )
+from d2sparse.data.tasks import enlarged, only_classes, with_rotations
 
 __all__ = [
     "CORRUPTIONS",
@@ -54,6 +55,7 @@ __all__ = [
     "contrast",
     "cut_stream",
     "cutout",
+    "enlarged",
     "epoch_batches",
     "flip",
     "from_arrays",
@@ -65,9 +67,11 @@ __all__ = [
     "noisy_labels",
     "occlusion",
     "on_finest_grid",
+    "only_classes",
     "select",
     "shift",
     "standardize",
     "steps_per_epoch",
     "visible",
+    "with_rotations",
 ]

@@ -35,6 +35,7 @@ class Experiment(NamedTuple):
       references: methods that differences are taken to.
       methods: the table of methods.
       values: further flags of a row, see `make_plans`.
+      starts: flags that only say where runs start, see `make_plans`.
       check: called before anything is trained, refuses a run directory whose finished
         runs do not go with the plans.
       examine: further results at the end of a run and of every titled phase.
@@ -47,6 +48,7 @@ class Experiment(NamedTuple):
     references: tuple[str, ...] = ()
     methods: Mapping[str, Method] = METHODS
     values: Values = lambda row, base: {}
+    starts: tuple[str, ...] = ()
     check: Callable[[records.Run, Sequence[Plan]], None] = lambda out, plans: None
     examine: Examine = lambda end: {}
     settings: Settings = lambda plan, seed, out: {}
@@ -90,7 +92,9 @@ def compare(
     draw_splits = make_draw_splits(source)
     build = None if model is None else (lambda flags: model)
     classes, table = source.num_classes, asked.methods
-    plans = make_plans(config, draw_splits, classes, build, table, asked.values)
+    plans = make_plans(
+        *(config, draw_splits, classes, build, table, asked.values, asked.starts)
+    )
     if config.dry_run:
         print_plans(config, plans, draw_splits)
         return pd.DataFrame()

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from d2sparse import data, train
@@ -83,6 +83,7 @@ def make_plans(
     make_model: MakeModel | None = None,
     methods: Mapping[str, Method] = METHODS,
     values: Values = lambda row, base: {},
+    starts: Collection[str] = (),
 ) -> list[Plan]:
     """Every method with every combination of the values of its axes.
 
@@ -94,6 +95,8 @@ def make_plans(
       methods: the table of methods.
       values: flags of a row besides those given and those of its axes, such as values
         that were tuned; they are no part of its name.
+      starts: flags that only say where runs start: rows that differ in them share a
+        program.
 
     Raises:
       ValueError: a flag is out of its range or has no effect, two constraints claim
@@ -111,14 +114,15 @@ def make_plans(
         )
         flags = configure(config, chosen, base, methods)
         training = make_training(flags, like, build, methods[row.method])
-        free = training.settings.keys()
+        free = {*training.settings, *starts}
         key = (row.method, *(pair for pair in chosen.values if pair[0] not in free))
+        skips = flags.on_nonfinite == "skip"
         if key not in programs:
-            skips = flags.on_nonfinite == "skip"
             mesh = make_mesh(flags, len(like.labels))
             programs[key] = train.make_program(training, mesh, skips)
             rehearse(programs[key], like)
-        plans.append(Plan(row, flags, training, programs[key], base))
+        program = train.starting_as(programs[key], training, skips)
+        plans.append(Plan(row, flags, training, program, base))
     return plans
 
 

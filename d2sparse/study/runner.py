@@ -146,7 +146,7 @@ def _groups(config: Config, missing: _Group) -> list[_Group]:
         return [[run] for run in missing]
     groups: dict[int, _Group] = {}
     for plan, seed in missing:
-        groups.setdefault(id(plan.program), []).append((plan, seed))
+        groups.setdefault(id(plan.program.run), []).append((plan, seed))
     return list(groups.values())
 
 
@@ -156,11 +156,11 @@ def _in_parts(groups: Sequence[_Group]) -> Iterator[_Group]:
     A process that keeps thousands of compiled functions has no room left in its table
     of memory maps.
     """
-    programs = dict.fromkeys(id(group[0][0].program) for group in groups)
+    programs = dict.fromkeys(id(group[0][0].program.run) for group in groups)
     part_of = {program: n // _PROGRAMS for n, program in enumerate(programs)}
     parts: dict[int, list[_Group]] = {}
     for group in groups:
-        parts.setdefault(part_of[id(group[0][0].program)], []).append(group)
+        parts.setdefault(part_of[id(group[0][0].program.run)], []).append(group)
     for number, part in enumerate(parts.values()):
         if number:
             jax.clear_caches()

@@ -28,7 +28,7 @@ from d2sparse.train.loops import Indices, Logs, Report, Runner, Save, make_runne
 from d2sparse.train.memory import estimate_memory
 from d2sparse.train.optimizers import make_optimizer
 from d2sparse.train.plain import SCHEDULES, Recipe, describe, init_training, plain
-from d2sparse.train.program import Program, make_program, make_step
+from d2sparse.train.program import Program, make_program, make_step, starting_as
 from d2sparse.train.runs import RUNS, is_stacked, stack_runs, unstack_runs
 from d2sparse.train.state import (
     Data,
@@ -140,6 +140,7 @@ __all__ = [
     "plain",
     "same_masks",
     "stack_runs",
+    "starting_as",
     "stay",
     "step_indices",
     "step_keys",

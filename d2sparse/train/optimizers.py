@@ -74,5 +74,7 @@ def _descent(length: float) -> optax.GradientTransformation:
 
 
 def _kernels(params: PyTree) -> PyTree:
-    kernels = set(tree.prunable_leaves(params))
+    # A prompt alone has none.
+    has_any = any(tree.is_kernel(*leaf) for leaf in tree.flatten(params).items())
+    kernels = set(tree.prunable_leaves(params)) if has_any else set()
     return tree.map_with_path(lambda path, leaf: path in kernels, params)

@@ -101,6 +101,27 @@ def make_program(
     parts = enumerate(training.phases)
     others = {n: made(n) for n, phase in parts if phase.training is not None}
 
+    init = _initialiser(training, skip_faults)
+    run = make_runner(make_step(training), mesh)
+    predict, statistics = _predictor(training), _statistics(training)
+    return Program(training, init, run, predict, statistics, others)
+
+
+def starting_as(
+    program: Program, training: Training, skip_faults: bool = False
+) -> Program:
+    """A program whose runs start as those of another training do.
+
+    Args:
+      program: of a training that differs from the other in where its runs start alone,
+        such as in a trained network's weights; what is compiled serves both.
+      training: the other one.
+      skip_faults: as for `make_program`.
+    """
+    return program._replace(init=_initialiser(training, skip_faults))
+
+
+def _initialiser(training: Training, skip_faults: bool) -> Callable[..., Progress]:
     def init(key: jax.Array, data: Data, settings: Settings | None = None) -> Progress:
         _refuse_settings(settings or {}, training)
         own = {**training.settings, **(settings or {})}
@@ -110,9 +131,7 @@ def make_program(
         before = Progress(jnp.int32(-1), state._replace(faults=skip), {})
         return training.begin(before, data)
 
-    run = make_runner(make_step(training), mesh)
-    predict, statistics = _predictor(training), _statistics(training)
-    return Program(training, init, run, predict, statistics, others)
+    return init
 
 
 def make_step(training: Training) -> Step:

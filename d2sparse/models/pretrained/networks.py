@@ -37,6 +37,7 @@ class Pretrained(NamedTuple):
       model_state: its BatchNorm statistics.
       mean: float32[channels].
       std: float32[channels].
+      shape: of an image, (height, width, channels).
     """
 
     model: Model
@@ -44,6 +45,7 @@ class Pretrained(NamedTuple):
     model_state: Any
     mean: jax.Array
     std: jax.Array
+    shape: tuple[int, int, int]
 
 
 def cifar_resnet(arrays: Mapping[str, np.ndarray]) -> Pretrained:
@@ -146,7 +148,7 @@ def fill(
         {"params": params, **state}, arrays, rename, layout=layout, ignore=ignore
     )
     mean, std = (jnp.asarray(values, jnp.float32) for values in statistics)
-    return Pretrained(model, tree.pop("params"), tree, mean, std)
+    return Pretrained(model, tree.pop("params"), tree, mean, std, shape)
 
 
 def outputs(arrays: Mapping[str, np.ndarray], name: str) -> int:
