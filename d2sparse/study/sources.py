@@ -33,9 +33,8 @@ from d2sparse.constraints import (
 from d2sparse.data import Source
 from d2sparse.masks import dense_masks
 from d2sparse.models import Model, pretrained
-from d2sparse.models.post_training import post_training
 from d2sparse.models.pretrained import Pretrained
-from d2sparse.models.quantised import in_order
+from d2sparse.models.quantised import in_order, post_training
 from d2sparse.records.files import read_text, write_json
 from d2sparse.schedules import refresh_interval, refresh_stop
 from d2sparse.study.flags import aside
