@@ -6,13 +6,13 @@ of a fixed ratio, 32 to an octave, so that no range has to be known in advance: 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
-from d2sparse.checks import check_number
-from d2sparse.quantisation.scales import ratio, search
+from d2sparse.checks import check_choice, check_number
+from d2sparse.quantisation.scales import ScaleName, ratio, search
 from d2sparse.quantisation.uniform import code_range
 
 _SMALLEST, _LARGEST, _PER_OCTAVE = -24, 16, 32  # The first two are exponents of 2.
@@ -185,6 +185,22 @@ def lsq(statistics: Statistics, bits: int, signed: bool = True) -> jax.Array:
     count = statistics.zeros + jnp.sum(statistics.counts)
     mean = statistics.total / jnp.maximum(count, 1)
     return 2 * mean / code_range(bits, signed)[1] ** 0.5
+
+
+def named(name: ScaleName) -> CalibratedScale:
+    """The function of a name: "absmax", "mse" or "lsq", as for scales of weights.
+
+    Args:
+      name: one of these.
+
+    Raises:
+      ValueError: another name.
+
+    >>> named("mse") is mse
+    True
+    """
+    check_choice("scale", name, get_args(ScaleName))
+    return {"absmax": absmax, "mse": mse, "lsq": lsq}[name]
 
 
 def dynamic(x: jax.Array, bits: int, signed: bool | jax.Array = True) -> jax.Array:
