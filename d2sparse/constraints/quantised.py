@@ -3,7 +3,7 @@
 from typing import Any
 
 from d2sparse.models import Model
-from d2sparse.models.quantised import in_order, kernels, with_dynamic_scales
+from d2sparse.models.quantised import in_order, with_dynamic_scales
 from d2sparse.quantisation import (
     Per,
     ScaleName,
@@ -49,9 +49,7 @@ def quantised(
         def apply(
             params: PyTree, model_state: PyTree, x: Any, *, train: bool
         ) -> tuple[Any, PyTree]:
-            found = in_order(model.apply, params, model_state, x, train=train)
-            # Taps see no layers in networks that are not of Linen.
-            order = found or kernels(params)
+            order = in_order(model.apply, params, model_state, x, train=train)
             coarse = quantise_weights(params, edge_bits(order, bits, edges), per, scale)
             inner = model.apply
             if activation_bits:

@@ -52,13 +52,16 @@ class Calibrated(NamedTuple):
 
     Attributes:
       own: that of the network, such as statistics of normalisations.
-      scales: float32[] by layer: what a code of its inputs stands for.
+      scales: float32[] by layer, the path of its kernel without that: what a code of
+        its inputs stands for.
       signed: bool[] by layer: whether inputs may be negative.
+      kernels: scales of kernels by layer, where those are in the state as well.
     """
 
     own: PyTree
     scales: Mapping[str, jax.Array]
     signed: Mapping[str, jax.Array]
+    kernels: Mapping[str, jax.Array] = {}
 
 
 def with_scales(
@@ -94,8 +97,15 @@ def with_scales(
 
     def applied(scales: Mapping[str, jax.Array], *args: Any, **kwargs: Any) -> Any:
         table = share_bits(bits, [layer + _KERNEL for layer in scales])
-        signed = {layer: layer not in unsigned for layer in scales}
-        inputs = _rounding(scales, signed, table)
+        inputs = {
+            path.removesuffix(_KERNEL): functools.partial(
+                fake_quantise,
+                scale=scales[path.removesuffix(_KERNEL)],
+                bits=number,
+                signed=path.removesuffix(_KERNEL) not in unsigned,
+            )
+            for path, number in table.items()
+        }
         return replace(apply, inputs=inputs)(*args, **kwargs)
 
     return applied
@@ -130,9 +140,12 @@ def with_dynamic_scales(apply: Callable[..., Any], bits: Bits) -> Callable[..., 
         return fake_quantise(x, dynamic(x, bits, signed), bits, signed)
 
     def applied(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+        layers = layers_of(apply, params, *args, **kwargs)
+        table = share_bits(bits, kernels(params))
         inputs = {
-            path.removesuffix(_KERNEL): functools.partial(rounded, bits=number)
-            for path, number in share_bits(bits, kernels(params)).items()
+            layer: functools.partial(rounded, bits=table[path])
+            for layer, path in layers.items()
+            if path in table
         }
         return replace(apply, inputs=inputs)(params, *args, **kwargs)
 
@@ -223,13 +236,52 @@ def kernels(params: PyTree) -> list[str]:
     return [path for path in tree.flatten(params) if path.endswith(_KERNEL)]
 
 
-def in_order(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
+def layers_of(
+    apply: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
+) -> dict[str, str]:
+    """Layers with a kernel, as taps name them, and the paths of their kernels.
+
+    They are in the order in which the network applies them. Paths are longer than the
+    names where something else has parameters beside the network, such as a prompt.
+
+    Args:
+      apply: `(params, *args, **kwargs) -> result`, not compiled.
+      params: the weights; shapes of all arguments are enough.
+      *args: further arguments.
+      **kwargs: arguments that are not traced, such as `train=False`.
+
+    Returns:
+      Paths by layer; of a network that is not of Linen those that its parameters have,
+      sorted by name, though taps meet none of them.
+
+    >>> from d2sparse import models
+    >>> model, x = models.lenet_300_100(num_classes=3), jnp.ones((1, 8, 8, 1))
+    >>> params, state = jax.eval_shape(model.init, jax.random.key(0), x)
+    >>> layers_of(model.apply, params, state, x, train=False)["head"]
+    'head/kernel'
+    """
+    met: list[str] = []
+
+    def note(params: PyTree, *args: Any) -> None:
+        met.extend(read(apply)(params, *args, **kwargs)[1])
+
+    jax.eval_shape(note, params, *args)
+    paths = kernels(params)
+    if not met:
+        return {path.removesuffix(_KERNEL): path for path in paths}
+    return {layer: _place(layer, paths) for layer in met}
+
+
+def in_order(
+    apply: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
+) -> list[str]:
     """Paths of the kernels in the order in which a network applies them.
 
     Args:
-      apply: any function that applies Linen modules, not compiled.
-      *args: its arguments; shapes of them are enough.
-      **kwargs: its arguments that are not traced, such as `train=False`.
+      apply: `(params, *args, **kwargs) -> result`, not compiled.
+      params: the weights; shapes of all arguments are enough.
+      *args: further arguments.
+      **kwargs: arguments that are not traced, such as `train=False`.
 
     >>> from d2sparse import models
     >>> model, x = models.resnet8(), jnp.ones((1, 8, 8, 1))
@@ -238,13 +290,7 @@ def in_order(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
     >>> found[0], found[-1]
     ('stem_conv/kernel', 'head/kernel')
     """
-    found: list[str] = []
-
-    def note(*args: Any) -> None:
-        found.extend(layer + _KERNEL for layer in read(apply)(*args, **kwargs)[1])
-
-    jax.eval_shape(note, *args)
-    return found
+    return list(layers_of(apply, params, *args, **kwargs).values())
 
 
 def calibrated(model: Model, bits: Bits, edges: int = 8) -> Model:
@@ -285,10 +331,20 @@ def calibrated(model: Model, bits: Bits, edges: int = 8) -> Model:
     def apply(
         params: PyTree, model_state: Calibrated, x: Any, *, train: bool
     ) -> tuple[Any, Calibrated]:
-        own, scales, signed = model_state
-        order = in_order(model.apply, params, own, x, train=train)
-        table = share_bits(_table(order, bits, edges), order or kernels(params))
-        coarse = replace(model.apply, inputs=_rounding(scales, signed, table))
+        own = model_state.own
+        layers = layers_of(model.apply, params, own, x, train=train)
+        table = input_bits(layers, bits, edges)
+        inputs = {
+            layer: functools.partial(
+                fake_quantise,
+                scale=model_state.scales[name],
+                bits=number,
+                signed=model_state.signed[name],
+            )
+            for layer, number in table.items()
+            for name in [layers[layer].removesuffix(_KERNEL)]
+        }
+        coarse = replace(model.apply, inputs=inputs)
         outputs, after = coarse(params, own, x, train=train)
         return outputs, model_state._replace(own=after)
 
@@ -354,18 +410,19 @@ def post_training(
             "expected at least one batch of images, which show the order of layers and "
             "calibrate their inputs, got none; without activation bits a shape will do"
         )
-    found = in_order(model.apply, params, model_state, shown[0], train=False)
-    table = _table(found or kernels(params), bits, edges)
+    layers = layers_of(model.apply, params, model_state, shown[0], train=False)
+    table = _table(list(layers.values()), bits, edges)
     rounded = _rounded(params, _fixed(table), per, scale)
     if not activation_bits:
         return model, rounded, model_state
-    if not found:
+    seen = calibrate(model.apply, rounded, model_state, shown)
+    if not seen:
         raise ValueError(
             "expected layers of Linen, whose inputs can be rounded, got a network "
             "without; take 0 activation bits"
         )
-    statistics = calibrate(model.apply, rounded, model_state, shown)
-    own = _table(found, activation_bits, edges)
+    statistics = {layers[n].removesuffix(_KERNEL): own for n, own in seen.items()}
+    own = _table(list(layers.values()), activation_bits, edges)
     scales = scales_of(statistics, own, calibration.named(scale))
     positive = unsigned(statistics)
     signed = {layer: jnp.asarray(layer not in positive) for layer in scales}
@@ -373,17 +430,27 @@ def post_training(
     return coarse, rounded, Calibrated(model_state, scales, signed)
 
 
-def _rounding(
-    scales: Mapping[str, jax.Array], signed: Mapping[str, Any], table: Mapping[str, int]
-) -> dict[str, Callable[[jax.Array], jax.Array]]:
-    """What becomes of the inputs of layers, whose kernels have these bits."""
-    layers = {path.removesuffix(_KERNEL): number for path, number in table.items()}
-    return {
-        layer: functools.partial(
-            fake_quantise, scale=scales[layer], bits=number, signed=signed[layer]
-        )
-        for layer, number in layers.items()
-    }
+def input_bits(layers: Mapping[str, str], bits: Bits, edges: int = 8) -> dict[str, int]:
+    """Bits of the inputs of layers, those that have any.
+
+    Args:
+      layers: from `layers_of`.
+      bits: of all layers but the first and the last, or by a pattern of the paths of
+        their kernels, which then is the whole table.
+      edges: bits of the first and the last layer.
+
+    >>> input_bits({"conv": "conv/kernel", "head": "head/kernel"}, {"conv/*": 4})
+    {'conv': 4}
+    """
+    own = share_bits(_table(list(layers.values()), bits, edges), layers.values())
+    return {layer: own[path] for layer, path in layers.items() if path in own}
+
+
+def _place(layer: str, paths: Iterable[str]) -> str:
+    """The path of the kernel of a layer: the shortest that ends with its name."""
+    own = layer + _KERNEL
+    found = [path for path in paths if path == own or path.endswith("/" + own)]
+    return min(found, key=len)
 
 
 def _table(order: list[str], bits: Bits, edges: int) -> Bits:
