@@ -1,13 +1,41 @@
 """Scales of inputs that are found once, or trained: networks as data, and trainings."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
 
-from d2sparse import models, quantisation
+from d2sparse import data, models, prompts, quantisation, train, tree
+from d2sparse.constraints import (
+    Learners,
+    Moves,
+    Options,
+    StreamOptions,
+    from_ticket,
+    kept,
+    paired,
+    prompted,
+    rigl,
+    stream,
+    stream_steps,
+)
+from d2sparse.constraints import quantised as in_few_bits
+from d2sparse.lottery import Ticket
 from d2sparse.models import quantised
+from d2sparse.models.mlp import MLP
+from d2sparse.train import (
+    Recipe,
+    constrain,
+    fit,
+    lasting,
+    make_program,
+    make_step,
+    plain,
+)
+from d2sparse.transforms import get_masks
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -160,3 +188,198 @@ def test_post_training_refuses():
     params, state = plain.init(jax.random.key(0), X)
     with pytest.raises(ValueError, match="expected layers of Linen"):
         quantised.post_training(plain, params, state, [X], 4, 4)
+
+
+# Trainings, of a network of one layer, which compiles in a moment.
+
+ONE_LAYER = models.from_linen(MLP((), 10))
+LEARNED = in_few_bits(3, 3, scale="lsq", edges=3, inputs="learned")
+CALIBRATED = in_few_bits(3, 3, scale="mse", edges=3, inputs="calibrated")
+RIGL = rigl(0.5, Moves(3, growth_samples=0))
+
+
+@functools.cache
+def digits(size=600):
+    images, labels, *_ = data.load("digits").train
+    return train.to_device(data.Split(images[:size], labels[:size]))
+
+
+def one_layer(steps=12):
+    return plain(ONE_LAYER, digits(), Recipe(steps=steps, batch_size=32))
+
+
+@functools.cache
+def begun(*constraints):
+    program = make_program(constrain(one_layer(), *constraints))
+    return program, jax.jit(program.init)(jax.random.key(0), digits())
+
+
+def seen(state):
+    """What the network is shown of the examples that scales are found on."""
+    key = jax.random.fold_in(state.key, 1)
+    rows = np.asarray(jax.random.permutation(key, 600))[:512]
+    pixels = np.asarray(digits().images)[rows].reshape(512, -1) / np.float64(255)
+    return (pixels - float(digits().mean[0])) / float(digits().std[0])
+
+
+def error(x, scale, bits=3):
+    return np.sum((x - by_hand(x, scale, bits, True)) ** 2)
+
+
+def test_scales_are_found_when_the_training_begins():
+    state = begun(LEARNED, RIGL)[1].state
+    kernel, found = np.asarray(state.params["head"]["kernel"]), state.model_state
+    assert (kernel == 0).mean() == 0.5
+    x = seen(state)
+    assert found.signed["head"]
+    least = min(error(x, s) for s in np.linspace(0.1, 1, 100) * np.abs(x).max() / 3)
+    assert error(x, float(found.scales["head"])) <= 1.05 * least
+    for channel, scale in enumerate(found.kernels["head/kernel"][0]):
+        live = kernel[:, channel][kernel[:, channel] != 0]
+        tried = np.linspace(0.1, 1, 100) * np.abs(live).max() / 3
+        assert error(live, float(scale)) <= 1.02 * min(error(live, s) for s in tried)
+    program = make_program(constrain(one_layer(), CALIBRATED))
+    other = jax.eval_shape(program.init, jax.random.key(0), digits()).state
+    assert other.model_state.kernels == {}
+    assert list(other.model_state.scales) == ["head"]
+    assert set(other.params["head"]) == {"bias", "kernel"}
+    assert set(state.params["head"]) == {
+        *("bias", "kernel", "kernel_scale", "input_scale")
+    }
+
+
+def test_factors_have_the_steps_of_learned_scales():
+    training = constrain(one_layer(), LEARNED)
+    state = begun(LEARNED, RIGL)[1].state
+    x, target = seen(state)[:16].astype(np.float32), np.float32(SOME)
+
+    @jax.jit
+    @jax.value_and_grad
+    def gradient(params):
+        logits, _ = training.model.apply(params, state.model_state, x, train=True)
+        return jnp.sum(logits * target)
+
+    def at(factor):
+        factor = {"head/input_scale": jnp.asarray(factor, "float32")}
+        return gradient(tree.replace(state.params, factor))
+
+    found = gradient(state.params)[1]["head"]
+    kernel = np.float64(state.params["head"]["kernel"])
+    own, of_input = state.model_state.kernels["head/kernel"], state.model_state.scales
+    s_w, s_x = np.float64(own), float(of_input["head"])
+    coarse, shown = by_hand(kernel, s_w, 3, True), by_hand(x, s_x, 3, True)
+    live = (kernel != 0).sum(axis=0)
+
+    def slope(x, s):
+        units = x / s
+        inside = np.abs(units) <= 3
+        return np.where(inside, np.rint(units) - units, 3 * np.sign(units))
+
+    of_w = (slope(kernel, s_w) * (shown.T @ target)).sum(axis=0) / np.sqrt(live * 3)
+    np.testing.assert_allclose(found["kernel_scale"], of_w / s_w[0], rtol=1e-3)
+    of_x = (slope(x, s_x) * (target @ coarse.T)).sum() / np.sqrt(64 * 3)
+    np.testing.assert_allclose(found["input_scale"], of_x / s_x, rtol=1e-3)
+    # A factor that training drove below 0 counts as one that is small, and returns.
+    (low, of_low), (small, of_small) = at(-0.5), at(1 / 64)
+    assert low == small
+    assert of_low["head"]["input_scale"] == of_small["head"]["input_scale"] != 0
+    # No decay, no pruning.
+    assert list(tree.prunable_leaves(state.params)) == ["head/kernel"]
+    assert training.network.weights == 640
+    assert training.network.macs.keys() == tree.flatten(state.params).keys()
+
+
+SOME = np.random.default_rng(1).normal(size=(16, 10))
+
+
+def test_learned_scales_resume_to_the_bit_and_learn():
+    program, progress = begun(LEARNED, RIGL)
+    saved = []
+    watch = train.Watch(
+        save_every=5,
+        save=lambda own, logs: saved.append((jax.tree.map(jnp.copy, own), dict(logs))),
+    )
+    last = fit(program, jax.tree.map(jnp.copy, progress), digits(), watch)
+    middle, logs = saved[0]
+    assert int(middle.state.step) == 5
+    again = fit(program, middle, digits(), train.Watch(save_every=5, logs=logs))
+    for one, other in zip(
+        *map(jax.tree.leaves, (last.state, again.state)), strict=True
+    ):
+        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, other = map(jax.random.key_data, (one, other))
+        np.testing.assert_array_equal(one, other)
+    head, masks = last.state.params["head"], get_masks(last.state.opt_state)["head"]
+    assert (head["kernel_scale"] != 1).all()
+    assert head["input_scale"] != 1
+    assert masks["kernel_scale"].all()
+    before = np.asarray(progress.state.params["head"]["kernel"]) != 0
+    assert (before != masks["kernel"]).any()
+    assert (np.asarray(head["kernel"])[~np.asarray(masks["kernel"])] == 0).all()
+    (chances,) = program.predict(last.state, digits()).values()
+    assert (chances.argmax(-1) == np.asarray(digits().labels)).mean() > 0.5
+
+
+def test_every_network_of_a_pair_has_scales_of_its_own():
+    learners = Learners(interval=3, rule="set", preset="constant")
+    program, progress = begun(LEARNED, paired(0.8, learners))
+    fast, slow = (own.kernels["head/kernel"] for own in progress.state.model_state)
+    assert (fast != slow).any()
+    assert (fast != 1).all()
+    rows = jnp.arange(32)
+    after, _ = jax.eval_shape(
+        make_step(program.training), progress.state, digits(), rows
+    )
+    assert after.params.slow["head"]["kernel_scale"].shape == (10,)
+
+
+def test_prompts_may_come_first():
+    prompt = prompts.border(canvas=12, inner=8, channels=1)
+    first = prompted(prompt)
+    program, progress = begun(first, LEARNED)
+    state = progress.state
+    assert list(state.model_state.scales) == ["network/head"]
+    assert state.model_state.scales["network/head"] != 1
+    x = program.training.inputs(train.take(digits(), jnp.arange(4)), None)
+    dynamic = constrain(one_layer(), first, in_few_bits(3, 3, edges=3)).model
+
+    @jax.jit
+    @jax.grad
+    def slope(params, apply=program.training.model.apply, own=state.model_state):
+        return jnp.sum(apply(params, own, x, train=True)[0][:, 0])
+
+    assert (slope(state.params)["prompt"] != 0).any()
+    head = {k: state.params["network"]["head"][k] for k in ("kernel", "bias")}
+    params = {"prompt": state.params["prompt"], "network": {"head": head}}
+    logits, _ = jax.eval_shape(
+        lambda params: dynamic.apply(params, {}, x, train=False), params
+    )
+    assert logits.shape == (4, 10)
+
+
+def test_tickets_have_no_trained_scales_yet():
+    params, own = ONE_LAYER.init(jax.random.key(5), jnp.ones((1, 8, 8, 1)))
+    masks = jax.tree.map(lambda x: jnp.arange(x.size).reshape(x.shape) % 3 > 0, params)
+    state = begun(from_ticket(Ticket(params, own, masks)), LEARNED, kept())[1].state
+    assert (
+        get_masks(state.opt_state)["head"]["kernel"] == masks["head"]["kernel"]
+    ).all()
+    live = np.where(masks["head"]["kernel"], params["head"]["kernel"], 0)
+    found = quantisation.scales.mse(jnp.asarray(live), 3)
+    np.testing.assert_allclose(state.model_state.kernels["head/kernel"], found, 1e-6)
+
+
+def test_trainings_refuse():
+    with pytest.raises(ValueError, match="expected inputs of dynamic, calibrated"):
+        in_few_bits(4, inputs="static")
+    with pytest.raises(ValueError, match="expected activation_scale of dynamic"):
+        Options(activation_scale="fixed")
+    nobody = train.take(digits(), jnp.arange(0))
+    with pytest.raises(ValueError, match="expected training images to calibrate"):
+        jax.eval_shape(begun(CALIBRATED)[0].init, jax.random.key(0), nobody)
+    options = StreamOptions(megabatches=2, epochs=1, stream_validation=0.25)
+    labels = np.asarray(digits().labels)
+    length = lasting(stream_steps(options, labels, 32))
+    with pytest.raises(ValueError, match="take --activation_scale=dynamic"):
+        constrain(one_layer(), length, LEARNED, stream(options, labels))
+    constrain(one_layer(), length, in_few_bits(4, 8), stream(options, labels))

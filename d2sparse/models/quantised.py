@@ -55,7 +55,8 @@ class Calibrated(NamedTuple):
       scales: float32[] by layer, the path of its kernel without that: what a code of
         its inputs stands for.
       signed: bool[] by layer: whether inputs may be negative.
-      kernels: scales of kernels by layer, where those are in the state as well.
+      kernels: float32[1, ..., 1, channels] or float32[] by path: scales of kernels,
+        where those are in the state as well.
     """
 
     own: PyTree
