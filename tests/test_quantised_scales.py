@@ -24,7 +24,7 @@ from d2sparse.constraints import (
 )
 from d2sparse.constraints import quantised as in_few_bits
 from d2sparse.lottery import Ticket
-from d2sparse.models import quantised
+from d2sparse.models import quantised, taps
 from d2sparse.models.mlp import MLP
 from d2sparse.train import (
     Recipe,
@@ -351,10 +351,10 @@ def test_prompts_may_come_first():
     assert (slope(state.params)["prompt"] != 0).any()
     head = {k: state.params["network"]["head"][k] for k in ("kernel", "bias")}
     params = {"prompt": state.params["prompt"], "network": {"head": head}}
-    logits, _ = jax.eval_shape(
-        lambda params: dynamic.apply(params, {}, x, train=False), params
+    (logits, _), tapped = jax.eval_shape(
+        lambda params: taps.read(dynamic.apply)(params, {}, x, train=False), params
     )
-    assert logits.shape == (4, 10)
+    assert logits.shape == tapped["head"].output.shape == (4, 10)
 
 
 def test_tickets_have_no_trained_scales_yet():
