@@ -248,7 +248,7 @@ def _found(
     if how.trains_kernels:
         leaves = tree.prunable_leaves(weights)
         starts = {
-            path: _positive(scales.mse(leaves[path], bits, how.per))
+            path: _positive(scales.lsq(leaves[path], bits, how.per))
             for path, bits in _kernel_bits(weights, layers, how).items()
         }
     if not how.finds_inputs:
@@ -259,16 +259,17 @@ def _found(
     found = {_layer(path): jnp.ones(()) for path in kernels(weights)}
     signed = {layer: jnp.array(True) for layer in found}
     bits_of = input_bits(layers, how.activation_bits, how.edges)
-    for layer, scale in _input_scales(seen, bits_of).items():
+    for layer, scale in _input_scales(seen, bits_of, how).items():
         found[_layer(layers[layer])] = scale
         signed[_layer(layers[layer])] = seen[layer].smallest < 0
     return Calibrated(own, found, signed, starts)
 
 
 def _input_scales(
-    seen: Mapping[str, Statistics], bits_of: Mapping[str, int]
+    seen: Mapping[str, Statistics], bits_of: Mapping[str, int], how: Precision
 ) -> dict[str, jax.Array]:
-    """Scales of least squared error; layers of as many bits are fitted side by side."""
+    """Scales of inputs; layers of as many bits are fitted side by side."""
+    fitted = calibration.lsq if how.trains_inputs else calibration.mse
     found: dict[str, jax.Array] = {}
     for bits in sorted(set(bits_of.values())):
         layers = [layer for layer, own in bits_of.items() if own == bits]
@@ -277,7 +278,7 @@ def _input_scales(
         )
 
         def fit(own: Statistics, bits: int = bits) -> jax.Array:
-            return _positive(calibration.mse(own, bits, own.smallest < 0))
+            return _positive(fitted(own, bits, own.smallest < 0))
 
         found |= dict(zip(layers, jax.vmap(fit)(stacked), strict=True))
     return found

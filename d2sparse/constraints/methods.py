@@ -20,7 +20,6 @@ from d2sparse.constraints.options import Options
 from d2sparse.constraints.paired import Learners, paired
 from d2sparse.constraints.quantised import quantised
 from d2sparse.dual import Coupling
-from d2sparse.quantisation import Per
 from d2sparse.train import Constraint
 
 Constraints = tuple[Constraint, ...]
@@ -102,13 +101,11 @@ def _finished(o: Options, pair: Constraint, merged: bool = False) -> Constraints
 
 
 def _quantised(o: Options) -> Constraints:
-    # As published, and of better accuracy: few weights of a channel decide its steps.
-    per: Per = "tensor" if o.weight_scale == "lsq" else "channel"
     return (
         quantised(
             o.bits,
             o.activation_bits,
-            per,
+            "channel",
             o.weight_scale,
             o.edge_bits,
             o.activation_scale,

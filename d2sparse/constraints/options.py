@@ -62,10 +62,10 @@ class Options:
     activation_bits: int = 8  # of the inputs of their layers; 0: floats
     edge_bits: int = 8  # of the first and the last layer, both of these
     # What a code of the weights of a channel stands for: absmax clips none, mse has the
-    # least error; lsq is trained from there, one for all channels of a layer.
+    # least error, and lsq is trained.
     weight_scale: ScaleName = "absmax"
     # What a code of inputs stands for: dynamic is that of every example, calibrated has
-    # the least error when the training begins, and learned is trained from there.
+    # the least error when the training begins, and learned is trained.
     activation_scale: InputScales = "dynamic"
 
     tail: float = 0.25  # last part of the training whose weights are averaged

@@ -48,9 +48,10 @@ def quantised(
     Scales may be learned step sizes instead (LSQ, Esser et al., arXiv 1902.08153),
     whose gradients are divided by `sqrt(n Q_P)`, with n the numbers that share one.
     Beside each kernel the parameters then have `kernel_scale` and `input_scale`:
-    factors of the scales of least squared error that are found when the training
-    begins. No factor decays, and less than 1 / 64 counts as that. The paper has one
-    scale a tensor: of 8 bits, one a channel can overshoot at large learning rates.
+    factors of `2 mean |x| / sqrt(Q_P)`, of the weights and of inputs when the training
+    begins. That leaves weights room to grow: from the least squared error, which at 8
+    bits has none, scales overshoot. No factor decays, and less than 1 / 64 counts as
+    that. A stream has dynamic inputs alone, as others look at all training images.
 
     Args:
       bits: of the kernels, 2 to 8.
@@ -61,8 +62,7 @@ def quantised(
       edges: bits of the first and the last layer, 2 to 8.
       inputs: scales of inputs, "dynamic", of every example, which clips nothing;
         "calibrated", of least squared error on up to 512 training images when the
-        training begins, after which they stay in the model state; "learned", trained
-        from there.
+        training begins, after which they stay in the model state; "learned", trained.
 
     Raises:
       ValueError: fewer or more bits, an unknown choice, or, when applied, a second
