@@ -15,13 +15,8 @@ import jax.numpy as jnp
 
 from d2sparse import tree
 from d2sparse.models import Model
-from d2sparse.models.quantised import (
-    Calibrated,
-    input_bits,
-    kernels,
-    layers_of,
-    with_dynamic_scales,
-)
+from d2sparse.models.kernel_order import input_bits, kernels, layers_of
+from d2sparse.models.quantised import Calibrated, with_dynamic_scales
 from d2sparse.models.taps import read, replace
 from d2sparse.quantisation import (
     Per,

@@ -13,7 +13,8 @@ from d2sparse.constraints.found_scales import (
     with_found_scales,
 )
 from d2sparse.models import Model
-from d2sparse.models.quantised import in_order, with_dynamic_scales
+from d2sparse.models.kernel_order import in_order
+from d2sparse.models.quantised import with_dynamic_scales
 from d2sparse.quantisation import (
     Per,
     ScaleName,

@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from d2sparse import tree
 from d2sparse.models.base import Model
+from d2sparse.models.kernel_order import in_order as in_order
+from d2sparse.models.kernel_order import input_bits, layers_of, with_edges
+from d2sparse.models.kernel_order import kernels as kernels
 from d2sparse.models.taps import read, replace
 from d2sparse.quantisation import (
     Bits,
@@ -34,7 +36,6 @@ from d2sparse.quantisation import (
     calibration,
     check_bits,
     dynamic,
-    edge_bits,
     fake_quantise,
     merge,
     observe,
@@ -228,72 +229,6 @@ def scales_of(
     }
 
 
-def kernels(params: PyTree) -> list[str]:
-    """Paths of the kernels of layers, which are called `kernel`.
-
-    >>> kernels({"head": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}})
-    ['head/kernel']
-    """
-    return [path for path in tree.flatten(params) if path.endswith(_KERNEL)]
-
-
-def layers_of(
-    apply: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
-) -> dict[str, str]:
-    """Layers with a kernel, as taps name them, and the paths of their kernels.
-
-    They are in the order in which the network applies them. Paths are longer than the
-    names where something else has parameters beside the network, such as a prompt.
-
-    Args:
-      apply: `(params, *args, **kwargs) -> result`, not compiled.
-      params: the weights; shapes of all arguments are enough.
-      *args: further arguments.
-      **kwargs: arguments that are not traced, such as `train=False`.
-
-    Returns:
-      Paths by layer; of a network that is not of Linen those that its parameters have,
-      sorted by name, though taps meet none of them.
-
-    >>> from d2sparse import models
-    >>> model, x = models.lenet_300_100(num_classes=3), jnp.ones((1, 8, 8, 1))
-    >>> params, state = jax.eval_shape(model.init, jax.random.key(0), x)
-    >>> layers_of(model.apply, params, state, x, train=False)["head"]
-    'head/kernel'
-    """
-    met: list[str] = []
-
-    def note(params: PyTree, *args: Any) -> None:
-        met.extend(read(apply)(params, *args, **kwargs)[1])
-
-    jax.eval_shape(note, params, *args)
-    paths = kernels(params)
-    if not met:
-        return {path.removesuffix(_KERNEL): path for path in paths}
-    return {layer: _place(layer, paths) for layer in met}
-
-
-def in_order(
-    apply: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
-) -> list[str]:
-    """Paths of the kernels in the order in which a network applies them.
-
-    Args:
-      apply: `(params, *args, **kwargs) -> result`, not compiled.
-      params: the weights; shapes of all arguments are enough.
-      *args: further arguments.
-      **kwargs: arguments that are not traced, such as `train=False`.
-
-    >>> from d2sparse import models
-    >>> model, x = models.resnet8(), jnp.ones((1, 8, 8, 1))
-    >>> params, state = jax.eval_shape(model.init, jax.random.key(0), x)
-    >>> found = in_order(model.apply, params, state, x, train=False)
-    >>> found[0], found[-1]
-    ('stem_conv/kernel', 'head/kernel')
-    """
-    return list(layers_of(apply, params, *args, **kwargs).values())
-
-
 def calibrated(model: Model, bits: Bits, edges: int = 8) -> Model:
     """A network that rounds the inputs of its layers under scales in its model state.
 
@@ -412,7 +347,7 @@ def post_training(
             "calibrate their inputs, got none; without activation bits a shape will do"
         )
     layers = layers_of(model.apply, params, model_state, shown[0], train=False)
-    table = _table(list(layers.values()), bits, edges)
+    table = with_edges(list(layers.values()), bits, edges)
     rounded = _rounded(params, _fixed(table), per, scale)
     if not activation_bits:
         return model, rounded, model_state
@@ -423,40 +358,12 @@ def post_training(
             "without; take 0 activation bits"
         )
     statistics = {layers[n].removesuffix(_KERNEL): own for n, own in seen.items()}
-    own = _table(list(layers.values()), activation_bits, edges)
+    own = with_edges(list(layers.values()), activation_bits, edges)
     scales = scales_of(statistics, own, calibration.named(scale))
     positive = unsigned(statistics)
     signed = {layer: jnp.asarray(layer not in positive) for layer in scales}
     coarse = calibrated(model, activation_bits, edges)
     return coarse, rounded, Calibrated(model_state, scales, signed)
-
-
-def input_bits(layers: Mapping[str, str], bits: Bits, edges: int = 8) -> dict[str, int]:
-    """Bits of the inputs of layers, those that have any.
-
-    Args:
-      layers: from `layers_of`.
-      bits: of all layers but the first and the last, or by a pattern of the paths of
-        their kernels, which then is the whole table.
-      edges: bits of the first and the last layer.
-
-    >>> input_bits({"conv": "conv/kernel", "head": "head/kernel"}, {"conv/*": 4})
-    {'conv': 4}
-    """
-    own = share_bits(_table(list(layers.values()), bits, edges), layers.values())
-    return {layer: own[path] for layer, path in layers.items() if path in own}
-
-
-def _place(layer: str, paths: Iterable[str]) -> str:
-    """The path of the kernel of a layer: the shortest that ends with its name."""
-    own = layer + _KERNEL
-    found = [path for path in paths if path == own or path.endswith("/" + own)]
-    return min(found, key=len)
-
-
-def _table(order: list[str], bits: Bits, edges: int) -> Bits:
-    """Bits by pattern, of one number with other bits at both ends."""
-    return bits if isinstance(bits, Mapping) else edge_bits(order, bits, edges)
 
 
 def _check_all(bits: Bits, edges: int) -> None:
