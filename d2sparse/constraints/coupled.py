@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from d2sparse import losses, metrics
+from d2sparse.constraints.found_scales import find_scales
 from d2sparse.dual import (
     Coupling,
     Dual,
@@ -214,8 +215,9 @@ def _optimiser(
         opt_state = tx.init(params)
         state = begin_state(params, model_state, opt_state, run_key, settings)
         masked = Dual(*map(apply_masks, params, pair_masks(state)))
+        state = find_scales(training, state._replace(params=masked), data)
         # Copies: donation allows no sharing.
-        return jax.tree.map(jnp.array, state._replace(params=masked))
+        return jax.tree.map(jnp.array, state)
 
     def when(step: jax.Array) -> Dual:
         never = jnp.zeros((), bool)

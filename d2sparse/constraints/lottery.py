@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from d2sparse import lottery, rules, scores
+from d2sparse import lottery, rules, scores, tree
 from d2sparse.constraints.masked import under_masks
 from d2sparse.lottery import Rewinding, Ticket
 from d2sparse.masks import dense_masks
@@ -138,7 +138,9 @@ def from_ticket(ticket: Ticket) -> Constraint:
             outer: Training, key: jax.Array, data: Data, settings: Settings
         ) -> TrainState:
             state = training.init(outer, key, data, settings)
-            return lottery.rewind(state, ticket.masks)
+            # What has been put beside the network, such as a trained scale, is whole.
+            masks = tree.replace(dense_masks(state.params), tree.flatten(ticket.masks))
+            return lottery.rewind(state, masks)
 
         model = Model(init_weights, training.model.apply)
         return training._replace(model=model, init=init)

@@ -102,7 +102,14 @@ def _finished(o: Options, pair: Constraint, merged: bool = False) -> Constraints
 
 def _quantised(o: Options) -> Constraints:
     return (
-        quantised(o.bits, o.activation_bits, scale=o.weight_scale, edges=o.edge_bits),
+        quantised(
+            o.bits,
+            o.activation_bits,
+            "channel",
+            o.weight_scale,
+            o.edge_bits,
+            o.activation_scale,
+        ),
     )
 
 

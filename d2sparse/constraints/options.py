@@ -7,20 +7,20 @@ from typing import Literal, get_args
 
 from d2sparse import distributions, masks, scores
 from d2sparse.checks import check_choice, check_least
+from d2sparse.constraints.found_scales import InputScales
 from d2sparse.constraints.growing import Moves
 from d2sparse.constraints.lottery import Rewinds
 from d2sparse.constraints.masked import Structure
 from d2sparse.distributions import Distribution, check_sparsity
 from d2sparse.dual import Coupling
 from d2sparse.masks import Selection
-from d2sparse.quantisation import check_bits
+from d2sparse.quantisation import ScaleName, check_bits
 from d2sparse.scores import Score
 
 DistributionName = Literal["auto", "global", "uniform", "er", "erk"]
 PatternName = Literal["unstructured", "n_of_m", "blocks", "channels"]
 ScoreName = Literal["magnitude", "random", "saliency", "gradient"]
 PairRule = Literal["rigl", "set", "static"]
-WeightScale = Literal["absmax", "mse"]
 Preset = Literal["averaged", "symmetric", "fast_slow", "constant"]
 
 
@@ -61,8 +61,12 @@ class Options:
     bits: int = 4  # of quantised kernels
     activation_bits: int = 8  # of the inputs of their layers; 0: floats
     edge_bits: int = 8  # of the first and the last layer, both of these
-    # What a code of weights stands for: absmax clips none, mse has the least error.
-    weight_scale: WeightScale = "absmax"
+    # What a code of the weights of a channel stands for: absmax clips none, mse has the
+    # least error, and lsq is trained.
+    weight_scale: ScaleName = "absmax"
+    # What a code of inputs stands for: dynamic is that of every example, calibrated has
+    # the least error when the training begins, and learned is trained.
+    activation_scale: InputScales = "dynamic"
 
     tail: float = 0.25  # last part of the training whose weights are averaged
     coupling: float = 1.0  # weight of a peer's or a teacher's teaching
@@ -191,7 +195,8 @@ _CHOICES = {
     "score": get_args(ScoreName),
     "rewinding": ("weights", "learning_rate"),
     "preset": get_args(Preset),
-    "weight_scale": get_args(WeightScale),
+    "weight_scale": get_args(ScaleName),
+    "activation_scale": get_args(InputScales),
     "pair_rule": get_args(PairRule),
 }
 

@@ -18,6 +18,7 @@ from d2sparse.anytime import Stage
 from d2sparse.constraints.arrivals import Arrival, make_pruner
 from d2sparse.constraints.masked import under_masks
 from d2sparse.constraints.pacing import paced
+from d2sparse.constraints.quantised import CALIBRATED
 from d2sparse.constraints.stages import Parts, begin_stream, phases_of
 from d2sparse.constraints.timetables import StreamOptions, plan
 from d2sparse.masks import dense_masks
@@ -187,6 +188,11 @@ def _with_masks(training: Training, arrival: Arrival) -> Training:
 
 def _refuse(training: Training, stages: list[Stage], arrival: Arrival) -> None:
     first, *others = training.phases
+    if training.claims.get("the precision") == CALIBRATED:
+        raise ValueError(
+            "expected nothing that looks at examples before they arrive, got scales of "
+            "inputs that training images calibrate; take --activation_scale=dynamic"
+        )
     if others or first.enter is not stay or first.batches or first.training:
         raise ValueError(
             "expected a training in one phase that nothing precedes, to put on a "

@@ -12,31 +12,58 @@ to the input of the network stay useful, down to about 3 bits.
 Bits are one number for all layers, or a table of patterns as for `quantise_weights`: a
 layer has the bits of the path of its kernel. These functions come before `jax.jit`, as
 taps do.
+
+`post_training` does all of it to a trained network, and gives back a `Model`.
 """
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from d2sparse import tree
+from d2sparse.models.base import Model
+from d2sparse.models.kernel_order import in_order as in_order
+from d2sparse.models.kernel_order import input_bits, layers_of, with_edges
+from d2sparse.models.kernel_order import kernels as kernels
 from d2sparse.models.taps import read, replace
 from d2sparse.quantisation import (
     Bits,
+    Per,
+    ScaleName,
     Statistics,
     calibration,
+    check_bits,
     dynamic,
     fake_quantise,
     merge,
     observe,
+    quantise_weights,
     share_bits,
 )
 from d2sparse.quantisation.calibration import CalibratedScale
 from d2sparse.tree import PyTree
 
 _KERNEL = "/kernel"
+
+
+class Calibrated(NamedTuple):
+    """The model state of a network whose layers see rounded inputs.
+
+    Attributes:
+      own: that of the network, such as statistics of normalisations.
+      scales: float32[] by layer, the path of its kernel without that: what a code of
+        its inputs stands for.
+      signed: bool[] by layer: whether inputs may be negative.
+      kernels: float32[1, ..., 1, channels] or float32[] by path: scales of kernels,
+        where those are in the state as well.
+    """
+
+    own: PyTree
+    scales: Mapping[str, jax.Array]
+    signed: Mapping[str, jax.Array]
+    kernels: Mapping[str, jax.Array] = {}
 
 
 def with_scales(
@@ -71,7 +98,7 @@ def with_scales(
     replace(apply)  # Refuses a function that is compiled.
 
     def applied(scales: Mapping[str, jax.Array], *args: Any, **kwargs: Any) -> Any:
-        own = share_bits(bits, [layer + _KERNEL for layer in scales])
+        table = share_bits(bits, [layer + _KERNEL for layer in scales])
         inputs = {
             path.removesuffix(_KERNEL): functools.partial(
                 fake_quantise,
@@ -79,7 +106,7 @@ def with_scales(
                 bits=number,
                 signed=path.removesuffix(_KERNEL) not in unsigned,
             )
-            for path, number in own.items()
+            for path, number in table.items()
         }
         return replace(apply, inputs=inputs)(*args, **kwargs)
 
@@ -115,9 +142,12 @@ def with_dynamic_scales(apply: Callable[..., Any], bits: Bits) -> Callable[..., 
         return fake_quantise(x, dynamic(x, bits, signed), bits, signed)
 
     def applied(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+        layers = layers_of(apply, params, *args, **kwargs)
+        table = share_bits(bits, kernels(params))
         inputs = {
-            path.removesuffix(_KERNEL): functools.partial(rounded, bits=number)
-            for path, number in share_bits(bits, kernels(params)).items()
+            layer: functools.partial(rounded, bits=table[path])
+            for layer, path in layers.items()
+            if path in table
         }
         return replace(apply, inputs=inputs)(params, *args, **kwargs)
 
@@ -149,20 +179,10 @@ def calibrate(
     >>> list(found), float(found["dense1"].largest)
     (['dense1', 'dense2', 'head'], 2.0)
     """
-
-    @jax.jit
-    def look(params: PyTree, model_state: PyTree, x: jax.Array) -> Any:
-        _, taps = read(apply)(params, model_state, x, train=False)
-        return {layer: observe(tap.input) for layer, tap in taps.items()}
-
-    @jax.jit
-    def together(one: Any, other: Any) -> Any:
-        return {layer: merge(one[layer], other[layer]) for layer in one}
-
-    seen = [look(params, model_state, x) for x in batches]
+    seen = [_look(apply, params, model_state, x) for x in batches]
     if not seen:
         raise ValueError("expected at least one batch to calibrate on, got none")
-    found: dict[str, Statistics] = functools.reduce(together, seen)
+    found: dict[str, Statistics] = functools.reduce(_together, seen)
     return found
 
 
@@ -203,37 +223,180 @@ def scales_of(
     positive = unsigned(statistics)
     own = share_bits(bits, [layer + _KERNEL for layer in statistics])
     layers = {path.removesuffix(_KERNEL): number for path, number in own.items()}
-    return {n: scale(statistics[n], b, n not in positive) for n, b in layers.items()}
+    return {
+        layer: _scale(scale, number, layer not in positive, statistics[layer])
+        for layer, number in layers.items()
+    }
 
 
-def kernels(params: PyTree) -> list[str]:
-    """Paths of the kernels of layers, which are called `kernel`.
+def calibrated(model: Model, bits: Bits, edges: int = 8) -> Model:
+    """A network that rounds the inputs of its layers under scales in its model state.
 
-    >>> kernels({"head": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}})
-    ['head/kernel']
-    """
-    return [path for path in tree.flatten(params) if path.endswith(_KERNEL)]
-
-
-def in_order(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
-    """Paths of the kernels in the order in which a network applies them.
+    The model state is `Calibrated`: networks that differ in weights, scales and signs
+    share one compiled program. Scales come from `post_training`, or from `calibrate`
+    and `scales_of`; `init` leaves them at 1. In training the state of the network is
+    updated and the scales stay.
 
     Args:
-      apply: any function that applies Linen modules, not compiled.
-      *args: its arguments; shapes of them are enough.
-      **kwargs: its arguments that are not traced, such as `train=False`.
+      model: the network, not compiled, of layers of Linen.
+      bits: 2 to 8 of all layers but the first and the last, or by a pattern of the
+        paths of their kernels, which then is the whole table.
+      edges: bits of the first and the last layer, 2 to 8, beside one number for others.
+
+    Raises:
+      ValueError: fewer or more bits, or the function is compiled.
 
     >>> from d2sparse import models
-    >>> model, x = models.resnet8(), jnp.ones((1, 8, 8, 1))
-    >>> params, state = jax.eval_shape(model.init, jax.random.key(0), x)
-    >>> found = in_order(model.apply, params, state, x, train=False)
-    >>> found[0], found[-1]
-    ('stem_conv/kernel', 'head/kernel')
+    >>> coarse = calibrated(models.lenet_300_100(num_classes=3), bits=4)
+    >>> x = jnp.ones((2, 8, 8, 1))
+    >>> params, state = coarse.init(jax.random.key(0), x)
+    >>> state.scales["head"].shape, bool(state.signed["head"])
+    ((), True)
+    >>> coarse.apply(params, state, x, train=False)[0].shape
+    (2, 3)
     """
-    found: list[str] = []
+    _check_all(bits, edges)
+    replace(model.apply)
 
-    def note(*args: Any) -> None:
-        found.extend(layer + _KERNEL for layer in read(apply)(*args, **kwargs)[1])
+    def init(key: jax.Array, x: jax.Array) -> tuple[PyTree, Calibrated]:
+        params, own = model.init(key, x)
+        layers = [path.removesuffix(_KERNEL) for path in kernels(params)]
+        scales = {layer: jnp.ones(()) for layer in layers}
+        return params, Calibrated(own, scales, {n: jnp.array(True) for n in layers})
 
-    jax.eval_shape(note, *args)
-    return found
+    def apply(
+        params: PyTree, model_state: Calibrated, x: Any, *, train: bool
+    ) -> tuple[Any, Calibrated]:
+        own = model_state.own
+        layers = layers_of(model.apply, params, own, x, train=train)
+        table = input_bits(layers, bits, edges)
+        inputs = {
+            layer: functools.partial(
+                fake_quantise,
+                scale=model_state.scales[name],
+                bits=number,
+                signed=model_state.signed[name],
+            )
+            for layer, number in table.items()
+            for name in [layers[layer].removesuffix(_KERNEL)]
+        }
+        coarse = replace(model.apply, inputs=inputs)
+        outputs, after = coarse(params, own, x, train=train)
+        return outputs, model_state._replace(own=after)
+
+    return Model(init, apply)
+
+
+def post_training(
+    model: Model,
+    params: PyTree,
+    model_state: PyTree,
+    batches: Iterable[jax.Array],
+    bits: Bits,
+    activation_bits: Bits = 0,
+    per: Per = "channel",
+    scale: ScaleName = "mse",
+    edges: int = 8,
+) -> tuple[Model, PyTree, PyTree]:
+    """A trained network in few bits, without further training.
+
+    Kernels are rounded once: pruned weights stay exactly 0, and scales look at the
+    survivors alone. Inputs are calibrated on those that layers of the network with the
+    rounded weights have on the batches. Networks of one form can share a program: its
+    `Model` depends on `model` and the bits alone, so that of the first serves for all.
+
+    Args:
+      model: the network, not compiled, of layers of Linen.
+      params: its weights, pruned ones 0.
+      model_state: statistics of normalisations.
+      batches: of what the network is shown, float[batch, ...]. Without activation bits
+        only the shape of the first one matters, which shows the order of layers.
+      bits: of kernels, 2 to 8 of all but the first and the last layer, or by a pattern
+        of their paths, which then is the whole table.
+      activation_bits: of the inputs of layers, likewise; 0 for floats.
+      per: one scale of weights an output "channel" or one a "tensor".
+      scale: of weights and inputs, "absmax" clips nothing, "mse" has the least error.
+      edges: bits of the first and the last layer, 2 to 8.
+
+    Returns:
+      The network, its parameters and its model state, which is `Calibrated`; without
+      activation bits the model and the model state that were given.
+
+    Raises:
+      ValueError: no batch, fewer or more bits, a pattern that matches no kernel, or no
+        layers of Linen whose inputs could be rounded.
+
+    >>> from d2sparse import models
+    >>> model = models.lenet_300_100(num_classes=3)
+    >>> x = jax.random.uniform(jax.random.key(1), (2, 8, 8, 1))
+    >>> params, state = model.init(jax.random.key(0), x)
+    >>> coarse, rounded, own = post_training(model, params, state, [x], 4, 8)
+    >>> len(set(rounded["dense2"]["kernel"][:, 0].tolist())) <= 15
+    True
+    >>> {layer: bool(signed) for layer, signed in own.signed.items()}
+    {'dense1': False, 'dense2': False, 'head': False}
+    >>> coarse.apply(rounded, own, x, train=False)[0].shape
+    (2, 3)
+    """
+    _check_all(bits, edges)
+    _check_all(activation_bits or edges, edges)
+    shown = list(batches)
+    if not shown:
+        raise ValueError(
+            "expected at least one batch of images, which show the order of layers and "
+            "calibrate their inputs, got none; without activation bits a shape will do"
+        )
+    layers = layers_of(model.apply, params, model_state, shown[0], train=False)
+    table = with_edges(list(layers.values()), bits, edges)
+    rounded = _rounded(params, _fixed(table), per, scale)
+    if not activation_bits:
+        return model, rounded, model_state
+    seen = calibrate(model.apply, rounded, model_state, shown)
+    if not seen:
+        raise ValueError(
+            "expected layers of Linen, whose inputs can be rounded, got a network "
+            "without; take 0 activation bits"
+        )
+    statistics = {layers[n].removesuffix(_KERNEL): own for n, own in seen.items()}
+    own = with_edges(list(layers.values()), activation_bits, edges)
+    scales = scales_of(statistics, own, calibration.named(scale))
+    positive = unsigned(statistics)
+    signed = {layer: jnp.asarray(layer not in positive) for layer in scales}
+    coarse = calibrated(model, activation_bits, edges)
+    return coarse, rounded, Calibrated(model_state, scales, signed)
+
+
+def _check_all(bits: Bits, edges: int) -> None:
+    table = bits if isinstance(bits, Mapping) else {"*": bits}
+    for number in (*table.values(), edges):
+        check_bits(number)
+
+
+def _fixed(bits: Bits) -> int | tuple[tuple[str, int], ...]:
+    """Bits that a compiled function can be remembered by."""
+    return tuple(bits.items()) if isinstance(bits, Mapping) else bits
+
+
+# Compiled once for all networks of one form, as a comparison of them has many.
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _rounded(params: PyTree, bits: Any, per: Per, scale: Any) -> PyTree:
+    table = dict(bits) if isinstance(bits, tuple) else bits
+    return quantise_weights(params, table, per, scale)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _scale(scale: Any, bits: int, signed: bool, statistics: Statistics) -> Any:
+    return scale(statistics, bits, signed)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _look(apply: Any, params: PyTree, model_state: PyTree, x: jax.Array) -> Any:
+    _, taps = read(apply)(params, model_state, x, train=False)
+    return {layer: observe(tap.input) for layer, tap in taps.items()}
+
+
+@jax.jit
+def _together(one: Any, other: Any) -> Any:
+    return {layer: merge(one[layer], other[layer]) for layer in one}

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
+from flax.core.tracers import current_trace
 
 
 class Tap(NamedTuple):
@@ -62,9 +63,11 @@ def read(
 
     def reading(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tap]]:
         taps: dict[str, Tap] = {}
-        met = set()
+        met, here = set(), current_trace()
 
         def note(module: nn.Module, tap: Tap) -> Any:
+            if current_trace() != here:  # A rehearsal inside, such as `jax.eval_shape`.
+                return tap.output
             met.add(path := _path(module))
             has_kernel = module.has_variable("params", "kernel")
             if not (has_kernel if layers is None else path in layers):

@@ -6,13 +6,13 @@ of a fixed ratio, 32 to an octave, so that no range has to be known in advance: 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
-from d2sparse.checks import check_number
-from d2sparse.quantisation.scales import ratio, search
+from d2sparse.checks import check_choice, check_number
+from d2sparse.quantisation.scales import ScaleName, ratio, search
 from d2sparse.quantisation.uniform import code_range
 
 _SMALLEST, _LARGEST, _PER_OCTAVE = -24, 16, 32  # The first two are exponents of 2.
@@ -21,7 +21,7 @@ _BINS = (_LARGEST - _SMALLEST) * _PER_OCTAVE
 _POINTS = 8
 
 # (statistics, bits, signed) -> float[]
-CalibratedScale = Callable[["Statistics", int, bool], jax.Array]
+CalibratedScale = Callable[["Statistics", int, bool | jax.Array], jax.Array]
 
 
 class Statistics(NamedTuple):
@@ -83,13 +83,15 @@ def merge(one: Statistics, other: Statistics) -> Statistics:
     )
 
 
-def absmax(statistics: Statistics, bits: int, signed: bool = True) -> jax.Array:
+def absmax(
+    statistics: Statistics, bits: int, signed: bool | jax.Array = True
+) -> jax.Array:
     """The smallest scale that clipped nothing of what was seen.
 
     Args:
       statistics: from `observe` and `merge`.
       bits: 2 to 8.
-      signed: whether there are negative codes.
+      signed: whether there are negative codes; may be traced.
 
     Raises:
       ValueError: fewer or more bits.
@@ -119,7 +121,9 @@ def percentile(percent: float = 99.9) -> CalibratedScale:
     """
     check_number("percent", percent, 0, 100)
 
-    def scale(statistics: Statistics, bits: int, signed: bool = True) -> jax.Array:
+    def scale(
+        statistics: Statistics, bits: int, signed: bool | jax.Array = True
+    ) -> jax.Array:
         below = statistics.zeros + jnp.cumsum(statistics.counts)
         wanted = percent / 100 * below[-1]
         # The upper end of the first bin that reaches the percentile.
@@ -130,13 +134,15 @@ def percentile(percent: float = 99.9) -> CalibratedScale:
     return scale
 
 
-def mse(statistics: Statistics, bits: int, signed: bool = True) -> jax.Array:
+def mse(
+    statistics: Statistics, bits: int, signed: bool | jax.Array = True
+) -> jax.Array:
     """The scale of least squared error on the bins of the magnitudes.
 
     Args:
       statistics: from `observe` and `merge`.
       bits: 2 to 8.
-      signed: whether there are negative codes.
+      signed: whether there are negative codes; may be traced.
 
     Raises:
       ValueError: fewer or more bits.
@@ -166,7 +172,9 @@ def mse(statistics: Statistics, bits: int, signed: bool = True) -> jax.Array:
     return search(absmax(statistics, bits, signed), error, refine)
 
 
-def lsq(statistics: Statistics, bits: int, signed: bool = True) -> jax.Array:
+def lsq(
+    statistics: Statistics, bits: int, signed: bool | jax.Array = True
+) -> jax.Array:
     """Where a scale starts that is learned: `2 mean |x| / sqrt(Q_P)`, zeros included.
 
     LSQ, Esser et al., arXiv 1902.08153.
@@ -174,7 +182,7 @@ def lsq(statistics: Statistics, bits: int, signed: bool = True) -> jax.Array:
     Args:
       statistics: from `observe` and `merge`.
       bits: 2 to 8.
-      signed: whether there are negative codes.
+      signed: whether there are negative codes; may be traced.
 
     Raises:
       ValueError: fewer or more bits.
@@ -185,6 +193,22 @@ def lsq(statistics: Statistics, bits: int, signed: bool = True) -> jax.Array:
     count = statistics.zeros + jnp.sum(statistics.counts)
     mean = statistics.total / jnp.maximum(count, 1)
     return 2 * mean / code_range(bits, signed)[1] ** 0.5
+
+
+def named(name: ScaleName) -> CalibratedScale:
+    """The function of a name: "absmax", "mse" or "lsq", as for scales of weights.
+
+    Args:
+      name: one of these.
+
+    Raises:
+      ValueError: another name.
+
+    >>> named("mse") is mse
+    True
+    """
+    check_choice("scale", name, get_args(ScaleName))
+    return {"absmax": absmax, "mse": mse, "lsq": lsq}[name]
 
 
 def dynamic(x: jax.Array, bits: int, signed: bool | jax.Array = True) -> jax.Array:
