@@ -19,7 +19,7 @@ RESULT = {
     "calibration": {"count": [1], "confidence": [0.5], "correct": [1]},
     "corrupted": {f"{name}-3": 0.5 for name in CORRUPTIONS},
 }
-TINY = {"seeds": 1, "steps": 8}
+TINY = {"seeds": 1, "steps": 8, "workers": 1}
 PAIR = {**TINY, "methods": ("dense", "static")}
 # Two runs of each. Here anytime joins once it is a comparison:
 #   "anytime": (anytime.run, anytime.Config(...)),
@@ -41,7 +41,7 @@ def _quick():
 
 @pytest.fixture
 def learn(monkeypatch):
-    """The fates of the runs in their order; without one they finish."""
+    """The fates of the runs, which one worker takes in order; others finish."""
     fates = []
 
     def train_group(runner, group, note, interrupted):

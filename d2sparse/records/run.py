@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ with optional(__name__):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An open run directory; made by `open_run`.
+    """An open run directory; made by `open_run`. Threads may share it.
 
     Attributes:
       workdir: the directory.
@@ -59,6 +60,9 @@ class Run:
     )
     _measured: dict[Unit, list[str]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
+    )
+    _turn: threading.Lock = dataclasses.field(
+        default_factory=threading.Lock, init=False, repr=False, compare=False
     )
 
     def check(self) -> None:
@@ -86,30 +90,12 @@ class Run:
         """
         if not self.writes:
             return
-        path = self.workdir / METRICS
-        kept: list[str] = []
-        own: list[str] = []
-        shown: list[dict[str, Any]] = []
-        for line, fields in measurements(path):
-            if fields["unit"] != unit.name:
-                kept.append(line)
-            elif len(own) < lines:
-                kept.append(line)
-                own.append(line)
-                shown.append(fields)
-        if len(own) < lines or digest not in (None, digest_of(own)):
-            raise ValueError(
-                f"expected {lines} lines of {unit.name} in {path}, as its checkpoint "
-                f"says, got {len(own)} or others; remove checkpoints/{unit.name} to "
-                "begin the unit anew"
-            )
-        self._measured[unit] = own
-        # Also without the end of a line that a crash has cut.
-        files.write_text(path, "".join(kept))
+        with self._turn:
+            own = self._keep(unit, lines, digest)
         events = self.workdir / "tensorboard" / unit.name
         shutil.rmtree(events, ignore_errors=True)
         self._writers[unit] = SummaryWriter(str(events))
-        for fields in shown:
+        for fields in own:
             values = {k: v for k, v in fields.items() if k not in NAMED}
             self._show(unit, fields["step"], values)
 
@@ -137,7 +123,7 @@ class Run:
             raise ValueError(f"the metrics {sorted(clash)} need other names")
         values = {name: _scalar(name, value) for name, value in metrics.items()}
         path, line = self.workdir / METRICS, json.dumps(to_json({**fields, **values}))
-        with files.named(path), path.open("a", encoding="utf-8") as file:
+        with self._turn, files.named(path), path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -224,6 +210,33 @@ class Run:
         if self.writes:
             files.replace(path, lambda file: figure.savefig(file, format="png"))
 
+    def _keep(self, unit: Unit, lines: int, digest: str | None) -> list[dict[str, Any]]:
+        """Forgets the lines of a unit after its first ones, which it returns."""
+        path = self.workdir / METRICS
+        if not lines and _is_new_in(path, unit):
+            self._measured[unit] = []
+            return []
+        kept: list[str] = []
+        own: list[str] = []
+        shown: list[dict[str, Any]] = []
+        for line, fields in measurements(path):
+            if fields["unit"] != unit.name:
+                kept.append(line)
+            elif len(own) < lines:
+                kept.append(line)
+                own.append(line)
+                shown.append(fields)
+        if len(own) < lines or digest not in (None, digest_of(own)):
+            raise ValueError(
+                f"expected {lines} lines of {unit.name} in {path}, as its checkpoint "
+                f"says, got {len(own)} or others; remove checkpoints/{unit.name} to "
+                "begin the unit anew"
+            )
+        self._measured[unit] = own
+        # Also without the end of a line that a crash has cut.
+        files.write_text(path, "".join(kept))
+        return shown
+
     def _show(self, unit: Unit, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             if math.isfinite(value):
@@ -231,6 +244,12 @@ class Run:
 
     def _results(self, unit: Unit) -> Path:
         return self.workdir / "units" / f"{unit.name}.json"
+
+
+def _is_new_in(path: Path, unit: Unit) -> bool:
+    """Whether lines that are all whole do not name a unit; reading each takes long."""
+    text = files.read_text(path) if path.exists() else ""
+    return text.endswith("\n") and unit.name not in text
 
 
 def meet(why: str) -> None:

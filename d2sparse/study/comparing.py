@@ -39,8 +39,7 @@ class Experiment(NamedTuple):
       check: called before anything is trained, refuses a run directory whose finished
         runs do not go with the plans.
       examine: further results at the end of a run and of every titled phase.
-      settings: (plan, seed, run directory) -> settings of a run besides those of its
-        plan; a FloatingPointError says why it cannot be trained.
+      settings: see `Runner`.
       report: writes summary, table and figures.
     """
 

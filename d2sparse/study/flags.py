@@ -87,8 +87,11 @@ class RunFlags:
     # How many of the latest checkpoints of a run are kept, besides its best.
     keep_checkpoints: int = aside(2)
     # Runs of one method that are trained as one program; 0: as many as fit into the
-    # memory of an accelerator, and one after another on CPU, where that is faster.
+    # memory of an accelerator, and programs of one on CPU, where that is faster.
     runs_at_once: int = aside(0)
+    # Runs, or programs of several, that are trained side by side on CPU; 0: one for
+    # every core, at most 4. It does not change results, but for their seconds.
+    workers: int = aside(0)
     # Devices that share every batch; 0: all of them.
     data_parallel: int = aside(1)
     # Several processes of one run: "auto" on a cluster that jax knows, or
@@ -174,6 +177,7 @@ _LEAST = {
     "keep_checkpoints": 1,
     "data_parallel": 0,
     "runs_at_once": 0,
+    "workers": 0,
     "learning_rate": 0,
     "momentum": 0,
     "weight_decay": 0,

@@ -126,6 +126,9 @@ def draw_curves(comparison: Comparison) -> None:
         for line in records.read_metrics(comparison.out.workdir)
         if line["method"] in names
     ]
+    # In which order runs began that were trained side by side is up to chance.
+    order = {name: number for number, name in enumerate(names)}
+    lines.sort(key=lambda line: order[line["method"]])
     if not lines:
         return
     monitored = any("monitor_accuracy" in line for line in lines)

@@ -3,7 +3,8 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -17,11 +18,13 @@ from d2sparse.study.judging import judge, monitor_accuracy
 from d2sparse.study.splits import DrawSplits, Splits
 from d2sparse.study.tracking import Tracker
 from d2sparse.study.trainings import run_width
+from d2sparse.study.workers import Workers, count_workers, one_at_a_time
 from d2sparse.train import Program, Progress, TrainState
 
 _SHARE = 0.8  # Part of the memory that runs may take.
 _MOST = 64  # Runs at once, where there is room for more.
 _PROGRAMS = 32  # That are kept compiled at once.
+_PAUSE = 0.1  # Seconds between two looks at a run that another one waits for.
 
 
 class Finished(TypedDict):
@@ -70,7 +73,7 @@ class End(NamedTuple):
 
 
 Examine = Callable[[End], Mapping[str, Any]]
-Settings = Callable[[Plan, int, records.Run], Mapping[str, float]]
+Settings = Callable[[Plan, int, records.Run], Mapping[str, float] | None]
 _Group = list[tuple[Plan, int]]  # Runs that one program can train at once.
 
 
@@ -83,7 +86,8 @@ class Runner(NamedTuple):
       draw_splits: data of a seed.
       examine: further results at the end of a run and of every titled phase.
       settings: (plan, seed, run directory) -> settings of a run besides those of its
-        plan; a FloatingPointError says why it cannot be trained.
+        plan; None while they follow from a run before it that is under way; a
+        FloatingPointError says why it cannot be trained.
     """
 
     config: Config
@@ -97,9 +101,9 @@ def run_plans(runner: Runner, plans: Sequence[Plan]) -> None:
     """Trains what has not finished yet, and records what it learned and cost.
 
     SIGINT and SIGTERM let the runs that are being trained save their states. On CPU
-    runs are trained one by one, seed by seed, so that methods can be compared early; on
-    accelerators as many runs of one program at once as fit into the memory. Of many
-    programs, some are trained with all seeds before others are compiled.
+    runs are trained seed by seed, so that methods can be compared early, one for every
+    core; on accelerators as many runs of one program at once as fit into the memory. Of
+    many programs, some are trained with all seeds before others are compiled.
 
     Raises:
       KeyboardInterrupt: a signal has ended the run.
@@ -114,19 +118,30 @@ def run_plans(runner: Runner, plans: Sequence[Plan]) -> None:
     ):
         agreed = processes.Agreed(interrupted)
         display.say(f"{out.workdir}: {done} of {total} runs have finished")
+        groups = _groups(config, missing)
+        workers = Workers(count_workers(config.workers, len(groups)), agreed)
+        finished = one_at_a_time(display.finished)
+        turns = runner._replace(
+            draw_splits=one_at_a_time(runner.draw_splits),
+            examine=one_at_a_time(runner.examine),
+        )
 
         def note(text: str) -> None:
             display.note(text)
             agreed.ask()  # Here all processes are at the same step.
 
-        for group in _in_parts(_groups(config, missing)):
-            if agreed():
+        def train_group(group: _Group) -> None:
+            if workers.interrupted():
                 raise KeyboardInterrupt
-            _train_group(runner, group, note, agreed)
+            _train_group(turns, group, note, workers.interrupted)
             for plan, seed in group:
                 unit = unit_of(plan, seed)
-                line = in_short(judged(config), unit.name, out.finished(unit))
-                display.finished(line)
+                finished(in_short(judged(config), unit.name, out.finished(unit)))
+
+        for number, part in enumerate(_parts(groups)):
+            if number:
+                jax.clear_caches()
+            workers.share(train_group, part)
 
 
 def unit_of(plan: Plan, seed: int) -> records.Unit:
@@ -150,7 +165,7 @@ def _groups(config: Config, missing: _Group) -> list[_Group]:
     return list(groups.values())
 
 
-def _in_parts(groups: Sequence[_Group]) -> Iterator[_Group]:
+def _parts(groups: Sequence[_Group]) -> list[list[_Group]]:
     """Groups in parts of a number of programs, which are dropped before the next part.
 
     A process that keeps thousands of compiled functions has no room left in its table
@@ -161,10 +176,7 @@ def _in_parts(groups: Sequence[_Group]) -> Iterator[_Group]:
     parts: dict[int, list[_Group]] = {}
     for group in groups:
         parts.setdefault(part_of[id(group[0][0].program.run)], []).append(group)
-    for number, part in enumerate(parts.values()):
-        if number:
-            jax.clear_caches()
-        yield from part
+    return list(parts.values())
 
 
 class _Member(NamedTuple):
@@ -200,7 +212,7 @@ def _train_group(
         data, key = splits.train, jax.random.key(seed)
         return member, tracker.begin(plan.program, data, settings, key)
 
-    given = _settings_of(runner, runs)
+    given = _settings_of(runner, runs, interrupted)
     rest = [run for run in runs if unit_of(*run) in given]
     while rest:
         group = [begin(*rest[0])]
@@ -213,13 +225,17 @@ def _train_group(
 
 
 def _settings_of(
-    runner: Runner, runs: Sequence[tuple[Plan, int]]
+    runner: Runner, runs: Sequence[tuple[Plan, int]], interrupted: Callable[[], bool]
 ) -> dict[records.Unit, Mapping[str, float]]:
     """The settings of the runs that can be trained; the others have failed."""
-    given = {}
+    given: dict[records.Unit, Mapping[str, float]] = {}
     for plan, seed in runs:
         try:
-            given[unit_of(plan, seed)] = runner.settings(plan, seed, runner.out)
+            while (own := runner.settings(plan, seed, runner.out)) is None:
+                if interrupted():
+                    raise KeyboardInterrupt
+                time.sleep(_PAUSE)
+            given[unit_of(plan, seed)] = own
         except FloatingPointError as error:
             runner.out.fail(unit_of(plan, seed), str(error))
     return given

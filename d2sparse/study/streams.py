@@ -33,6 +33,7 @@ from d2sparse.train import (
 )
 from d2sparse.tree import PyTree
 
+Numbers = Mapping[str, float]
 _TIMES = (
     *("megabatches", "stratified", "permuted", "stream_validation", "replay"),
     *("replay_size", "replay_fraction", "wait", "select", "carry_moments", "compat"),
@@ -112,8 +113,11 @@ def stage_results(end: End) -> dict[str, Any]:
     }
 
 
-def stream_settings(plan: Plan, seed: int, out: records.Run) -> dict[str, float]:
+def stream_settings(plan: Plan, seed: int, out: records.Run) -> Numbers | None:
     """The settings of a run: its seed, and densities that were come to by app_2022.
+
+    Returns:
+      The settings; None while the run whose densities it takes has not finished.
 
     Raises:
       FloatingPointError: the run whose densities it takes has failed.
@@ -122,8 +126,9 @@ def stream_settings(plan: Plan, seed: int, out: records.Run) -> dict[str, float]
     if plan.row.method != "random_matched":
         return settings
     matched = records.Unit(plan.row._replace(method="app_2022").name, seed)
-    results = out.finished(matched)
-    if results is None or "failed" in results:
+    if (results := out.finished(matched)) is None:
+        return None
+    if "failed" in results:
         raise FloatingPointError(
             f"{matched.name}, whose densities it takes, has failed"
         )
