@@ -442,7 +442,8 @@ def test_trials_that_differ_in_settings_alone_share_a_program():
     plans = study.make_plans(
         config, splits, 10, values=lambda row, base: values[base.flags.report_every]
     )
-    assert plans[0].program is plans[1].program is not plans[2].program
+    runs = [plan.program.run for plan in plans]
+    assert runs[0] is runs[1] is not runs[2]
     assert [plan.config.learning_rate for plan in plans] == [0.1, 0.2, 0.1]
     assert plans[1].training.settings["learning_rate"] == 0.2
 
