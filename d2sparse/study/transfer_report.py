@@ -55,6 +55,8 @@ def report(comparison: Comparison) -> dict[str, Any]:
     }
     summary = write(comparison, results, "\n\n".join(tables))
     _draw(comparison, rows)
+    _draw_calibration(comparison)
+    _draw_prompts(comparison)
     return summary
 
 
@@ -333,3 +335,47 @@ def _kind(compression: str) -> str:
     own = COMPRESSIONS[compression]
     rounded = ("qat" if own.aware else "ptq") if own.bits and not own.pruning else ""
     return own.pruning or rounded
+
+
+def _drawn_runs(comparison: Comparison, method: str, column: str) -> "pd.DataFrame":
+    """The runs of a way whose results hold what is drawn, with the most labels."""
+    runs = comparison.runs
+    if column not in runs.columns:
+        return runs.iloc[:0]
+    own = runs[(runs["method"] == method) & runs[column].notna()]
+    most = max(own["samples_per_class"], key=lambda n: n or np.inf, default=0)
+    return own[own["samples_per_class"] == most]
+
+
+def _draw_calibration(comparison: Comparison) -> None:
+    """Reliability before and after temperature scaling, a panel a compression."""
+    for method in (_PROMPT, _PROBE):
+        own = _drawn_runs(comparison, method, "reliability_after")
+        if len(own):
+            names = own["compression"]
+            figure = plots.reliability_before_and_after(
+                dict(zip(names, own["reliability_before"], strict=True)),
+                dict(zip(names, own["reliability_after"], strict=True)),
+                dict(zip(names, own["temperature"], strict=True)),
+            )
+            comparison.out.save_figure(f"calibration-{method}", figure)
+
+
+def _draw_prompts(comparison: Comparison) -> None:
+    """The learned prompts beside each other, and the label map of every network."""
+    own = _drawn_runs(comparison, _PROMPT, "prompt")
+    if not len(own):
+        return
+    flags: Any = comparison.config
+    is_border = flags.prompt == "border"
+    pixels = {row.compression: np.asarray(row.prompt) for row in own.itertuples()}
+    if is_border:  # As the network sees it; behind the window nothing was trained.
+        shown = {name: 1 / (1 + np.exp(-theta)) for name, theta in pixels.items()}
+        where = np.any([(theta != 0).any(-1) for theta in pixels.values()], axis=0)
+        figure = plots.prompt_grid(shown, where)
+    else:
+        figure = plots.prompt_grid(pixels, signed=True)
+    comparison.out.save_figure("prompts", figure)
+    for row in own.itertuples():
+        figure = plots.label_map(row.votes, row.map)
+        comparison.out.save_figure(f"label_map-{row.compression}", figure)

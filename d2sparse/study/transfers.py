@@ -144,7 +144,36 @@ def transfer_results(end: End, workshop: Workshop) -> dict[str, Any]:
         "unvoted": _unvoted(end),
         **{f"source_{name}": value for name, value in source.facts.items()},
         "source_bits": source.compression.bits or FLOAT_BITS,
+        **(_picture(end, logits, scaled["temperature"]) if _is_first(end) else {}),
     }
+
+
+def _is_first(end: End) -> bool:
+    """Whether it is the run of its way and compression that is drawn."""
+    flags: Any = end.plan.config
+    return bool(end.seed == 0 and flags.source_seed == 0)
+
+
+def _picture(end: End, logits: jax.Array, temperature: Any) -> dict[str, Any]:
+    """What figures show of a run: reliability, and of a prompt its pixels and votes."""
+    labels = end.splits.judge.labels
+    warmth = {"before": 1.0, "after": float(temperature)}
+    found: dict[str, Any] = {
+        f"reliability_{name}": _as_lists(
+            metrics.calibration(metrics.soften(logits, own), labels)
+        )
+        for name, own in warmth.items()
+        if np.isfinite(own)
+    }
+    if "prompt" in end.state.params:
+        votes, mapping = votes_of(end)
+        drawn = {"prompt": end.state.params["prompt"], "votes": votes, "map": mapping}
+        found |= _as_lists(drawn)
+    return found
+
+
+def _as_lists(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: np.asarray(values).tolist() for name, values in arrays.items()}
 
 
 @jax.jit
