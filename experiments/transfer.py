@@ -27,11 +27,20 @@ from d2sparse.study import cli, sources, transfers
 _Name = Literal[*TRANSFER_METHODS]
 
 
+_NO_MEANING = {
+    "ticket": "source networks come from --source",
+    "model": "the network is that of --source_model or --source",
+    "width": "the network is that of --source_model or --source",
+    "optimizer": "every way has Adam",
+    "learning_rate": "each way has a rate of its own, such as --prompt_rate",
+}
+
+
 def _axes() -> dict[str, tuple[Any, ...]]:
     return {
-        "compression": ("dense", "one_shot80", "imp80", "rigl80", "ptq8", "qat4"),
+        "compression": ("dense", "one_shot80", "imp80", "ptq4", "qat4", "imp80_ptq4"),
         "source_seed": (0, 1, 2),
-        "samples_per_class": (1, 10, 0),
+        "samples_per_class": (1, 10),
     }
 
 
@@ -39,11 +48,15 @@ def _axes() -> dict[str, tuple[Any, ...]]:
 class Config(sources.SourceFlags, TransferOptions, study.Config):
     """What is compared."""
 
-    HIDDEN = ("ticket", "model", "width", *study.unread_options(()))
+    HIDDEN = (*_NO_MEANING, *study.unread_options(()))
 
-    methods: tuple[_Name, ...] = tuple(TRANSFER_METHODS)  # ways to the target
+    # Ways to the target: a prompt with one of four label maps, a probe, fine-tuning.
+    methods: tuple[_Name, ...] = (
+        *("prompted_random", "prompted_frequency", "prompted_iterative"),
+        *("probed", "fine_tuned"),
+    )
     classes: str = "5-9"  # of the target, FIRST-LAST; empty: all
-    steps: int = 300
+    steps: int = 300  # of a training on the target
     seeds: int = 1  # of every source network: labels, prompts and order differ
     shift: int = 0  # augmentation: random crop after padding by so many pixels
     axes: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=_axes)
@@ -56,7 +69,16 @@ class Config(sources.SourceFlags, TransferOptions, study.Config):
 
 
 def run(config: Config, target: Source | None = None) -> pd.DataFrame:
-    """Trains what has not finished yet, and reports on all of it: a row a run."""
+    """Trains what has not finished yet, and reports on all of it: a row a run.
+
+    Raises:
+      ValueError: something in the configuration has no meaning or cannot be done.
+    """
+    for name in study.given(config).keys() & _NO_MEANING.keys():
+        raise ValueError(
+            f"expected no --{name}, since {_NO_MEANING[name]}, got "
+            f"{getattr(config, name)}"
+        )
     target = target or data.load(config.dataset, config.data_dir)
     if config.classes:
         target = data.only_classes(target, config.classes)

@@ -97,8 +97,8 @@ class SourceFlags:
     source_dataset: str = "turned_digits"
     source_model: str = "lenet_300_100"  # of own networks
     source_width: float | None = None  # in the model's own unit; None: its default
-    source_steps: int = 2000  # of the dense network that the others descend from
-    further_steps: int = 1000  # of all networks from there on
+    source_steps: int = 1000  # of the dense network that the others descend from
+    further_steps: int = 500  # of all networks from there on
     source_batch: int = 64  # examples per step
     source_rate: float = 0.1  # learning rate of own networks at the first step
     further_rate: float = 0.03  # learning rate from there on

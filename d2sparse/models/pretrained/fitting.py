@@ -232,4 +232,4 @@ def _cast(path: str, leaf: Any, name: str, array: np.ndarray) -> jax.Array:
             f"expected {held} for the leaf {path!r}, got {given} from {name!r}; "
             "convert the array with `.astype` if nothing is lost by it"
         )
-    return jnp.asarray(np.ascontiguousarray(array), held)
+    return jnp.asarray(np.asarray(array, order="C"), held)

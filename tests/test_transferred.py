@@ -1,0 +1,314 @@
+"""A trained network on another task: its start, what it sees, what is trained."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from d2sparse import data, losses, prompts, train, tree
+from d2sparse.constraints import (
+    METHODS,
+    TRANSFER_METHODS,
+    Moves,
+    TransferOptions,
+    Transferred,
+    fine_tuned,
+    frozen,
+    label_mapped,
+    make_prompt,
+    probed,
+    prompted,
+    quantised,
+    rigl,
+    sees,
+    started_from,
+)
+from d2sparse.models import Model, from_linen
+from d2sparse.models.pretrained import Pretrained
+from d2sparse.models.quantised import post_training
+from d2sparse.train import Recipe, constrain, fit, make_program, starting_as
+
+K, SHAPE, STEPS = 3, (8, 8, 3), 4
+
+
+class Small(nn.Module):
+    """A convolution with its normalisation, and a dense last layer of 5 classes."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Conv(4, (3, 3), strides=2, name="conv1")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm1")(x)
+        x = nn.Conv(6, (3, 3), strides=2, name="conv2")(nn.relu(x))
+        return nn.Dense(5, name="head")(nn.relu(x).mean(axis=(1, 2)))
+
+
+MODEL = from_linen(Small())
+
+
+@functools.cache
+def source(seed=0, sparse=True):
+    """A network with zeros, and with statistics unlike those of a new one."""
+    params, state = MODEL.init(jax.random.key(seed), jnp.zeros((1, *SHAPE)))
+    if sparse:
+        kernel = params["conv2"]["kernel"]
+        params["conv2"]["kernel"] = jnp.where(jnp.abs(kernel) > 0.1, kernel, 0.0)
+    state = jax.tree.map(lambda x: x + 0.1, state)
+    mean, std = jnp.array([0.4, 0.5, 0.6]), jnp.array([0.2, 0.25, 0.3])
+    return Pretrained(MODEL, params, state, mean, std, SHAPE)
+
+
+@functools.cache
+def target():
+    """Grey images, smaller than those of the source."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (12, 6, 6, 1), np.uint8)
+    return train.to_device(data.Split(images, np.arange(12, dtype=np.int32) % K))
+
+
+def plain(**recipe):
+    recipe = {"steps": STEPS, "batch_size": 6, "learning_rate": 0.1, **recipe}
+    return train.plain(MODEL, target(), Recipe(optimizer="adamw", **recipe))
+
+
+PROMPT = prompts.border(8, 4, 3, source().mean, source().std)
+PROMPTED = (
+    started_from(source()),
+    prompted(PROMPT),
+    frozen(["prompt"]),
+    label_mapped(K, "identity"),
+)
+PROBED = (started_from(source()), sees(source()), probed(K))
+TUNED = (started_from(source()), sees(source()), fine_tuned(K))
+
+
+@functools.cache
+def trained(which):
+    """Program, first and last progress of a training."""
+    ways = {"prompted": PROMPTED, "probed": PROBED, "tuned": TUNED}
+    program = make_program(constrain(plain(), *ways[which]))
+    first = program.init(jax.random.key(1), target())
+    copied = jax.tree.map(jnp.copy, first)
+    return program, copied, fit(program, first, target())
+
+
+def shown():
+    """What the source sees of the target, by numpy but for the resizing."""
+    pixels = np.repeat(np.asarray(target().images, np.float32) / 255, 3, axis=3)
+    resized = np.asarray(jax.image.resize(pixels, (12, *SHAPE), "bilinear"))
+    return (resized - np.asarray(source().mean)) / np.asarray(source().std)
+
+
+def test_images_are_as_the_source_saw_its_own():
+    training = constrain(plain(), started_from(source()), sees(source()))
+    seen = training.inputs(target(), None)
+    np.testing.assert_allclose(seen, shown(), atol=1e-5)
+    assert training.network.dense_macs == 4 * 4 * 27 * 4 + 2 * 2 * 36 * 6 + 6 * 5
+
+
+def test_a_run_starts_at_the_weights_and_statistics_of_the_source():
+    training = constrain(plain(), started_from(source()))
+    state = make_program(training).init(jax.random.key(3), target()).state
+    ours = (state.params, state.model_state)
+    theirs = (source().params, source().model_state)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, theirs))
+
+
+def test_a_leaf_that_is_not_that_of_the_model_is_named():
+    params = {"conv_1" if k == "conv1" else k: v for k, v in source().params.items()}
+    with pytest.raises(ValueError, match=r"'params/conv1/bias'.*'params/conv_1/bias'"):
+        started_from(source()._replace(params=params))
+    wrong = {**source().params, "head": {"kernel": jnp.ones((6, 7)), "bias": 0.0}}
+    with pytest.raises(ValueError, match="head/"):
+        started_from(source()._replace(params=jax.tree.map(jnp.asarray, wrong)))
+
+
+@pytest.mark.parametrize("which", ["prompted", "probed"])
+def test_what_is_frozen_stays_to_the_bit(which):
+    _, first, last = trained(which)
+    before, after = first.state.model_state, last.state.model_state
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, after))
+    (name,) = {path.partition("/")[0] for path in tree.flatten(last.state.params)}
+    assert name == {"prompted": "prompt", "probed": "head"}[which]
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()), first.state.params, last.state.params
+    )
+    assert jax.tree.all(moved)
+
+
+def test_zeros_of_a_frozen_network_are_pruned_and_cost_nothing():
+    zeros = int((source().params["conv2"]["kernel"] == 0).sum())
+    assert zeros > 20
+    dense = 4 * 4 * 27 * 4 + 2 * 2 * 36 * 6
+    live = dense - 2 * 2 * zeros
+    program, first, _ = trained("prompted")
+    masks = program.training.masks(first.state)
+    flat = tree.flatten(masks.used[0])
+    assert int((~flat["network/conv2/kernel"]).sum()) == zeros
+    assert program.training.cost(program.training, first.state, 12) == 2 * (live + 30)
+    program, first, _ = trained("probed")
+    # Forward, and the gradient with respect to the weights of the last layer.
+    assert program.training.cost(program.training, first.state, 12) == live + 2 * 18
+
+
+def test_a_probe_is_a_linear_classifier_of_the_features():
+    # All examples in every step, so that their order does not matter.
+    program = make_program(constrain(plain(batch_size=12), *PROBED))
+    begun = program.init(jax.random.key(1), target())
+    first = jax.tree.map(jnp.copy, begun)
+    last = fit(program, begun, target())
+
+    def features(x):
+        leaves = {"params": source().params, **source().model_state}
+        _, kept = Small().apply(
+            leaves,
+            x,
+            train=False,
+            capture_intermediates=True,
+            mutable=["intermediates"],
+        )
+        conv = kept["intermediates"]["conv2"]["__call__"][0]
+        return nn.relu(conv).mean(axis=(1, 2))
+
+    x, labels = features(jnp.asarray(shown(), jnp.float32)), target().labels
+    head = first.state.params["head"]
+    bound = 6**-0.5
+    assert head["kernel"].shape == (6, K)
+    assert head["bias"].shape == (K,)
+    assert 0 < float(jnp.abs(head["kernel"]).max()) <= bound
+    (found,) = program.predict(first.state, target()).values()
+    expected = jax.nn.softmax(x @ head["kernel"] + head["bias"][None])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    rate = optax.cosine_decay_schedule(0.1, STEPS)
+    decay = optax.add_decayed_weights(5e-4, {"kernel": True, "bias": False})
+    tx = optax.chain(optax.scale_by_adam(), decay, optax.scale_by_learning_rate(rate))
+
+    @jax.jit
+    def step(head, state):
+        def loss(head):
+            logits = x @ head["kernel"] + head["bias"][None]
+            return losses.cross_entropy(logits, labels).mean()
+
+        updates, state = tx.update(jax.grad(loss)(head), state, head)
+        return optax.apply_updates(head, updates), state
+
+    state = tx.init(head)
+    for _ in range(STEPS):
+        head, state = step(head, state)
+    for name, leaf in last.state.params["head"].items():
+        np.testing.assert_allclose(leaf, head[name], atol=1e-4)
+
+
+def test_fine_tuning_moves_all_but_the_zeros():
+    _, first, last = trained("tuned")
+    kernel = source().params["conv2"]["kernel"]
+    after = last.state.params["conv2"]["kernel"]
+    assert ((after == 0) == (kernel == 0)).all()
+    assert (after != kernel)[kernel != 0].any()
+    assert last.state.params["head"]["kernel"].shape == (6, K)
+    before, now = first.state.model_state, last.state.model_state
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, now)
+    assert jax.tree.all(moved)
+
+
+def test_zeros_may_grow_again_under_masks_of_another():
+    tuned = (started_from(source()), sees(source()), fine_tuned(K, keeps_zeros=False))
+    moves = rigl(0.5, Moves(interval=2, growth_samples=0))
+    training = constrain(plain(), *tuned, moves)
+    assert training.claims["the masks"] == "rigl"
+    with pytest.raises(ValueError, match="fine_tuned and rigl"):
+        constrain(plain(), *TUNED, moves)
+
+
+def test_what_cannot_be_frozen_is_said():
+    started = constrain(plain(), started_from(source()))
+    with pytest.raises(ValueError, match=r"got 'conv9'; it has .*conv1"):
+        frozen(["conv9"])(started)
+    with pytest.raises(ValueError, match="leave frozen away"):
+        frozen(["conv1", "conv2", "norm1", "head"])(started)
+    moves = rigl(0.5, Moves(interval=2))
+    for order in ([moves, frozen(["head"])], [frozen(["head"]), moves]):
+        with pytest.raises(ValueError, match="decides the masks"):
+            constrain(started, *order)
+    with pytest.raises(ValueError, match="name it by `head`"):
+        probed(K, head="conv1")(started)
+    with pytest.raises(ValueError, match="where runs start"):
+        started_from(source())(started)
+    listed = Model(lambda key, x: ([jnp.ones((2, 2))], {}), MODEL.apply)
+    inside = frozen(["head"])(started._replace(model=listed)).model
+    with pytest.raises(ValueError, match="nested dictionaries"):
+        inside.init(jax.random.key(0), jnp.zeros((1, *SHAPE)))
+
+
+@pytest.mark.parametrize("name", TRANSFER_METHODS)
+def test_every_way_resumes_to_the_bit_and_serves_other_sources(name):
+    """Another source network does not compile anything of the training anew."""
+    assert name not in METHODS
+    options = TransferOptions(prompt_size=4, map_every=2)
+
+    def training_of(network):
+        given = Transferred(network, K, STEPS, options)
+        return constrain(plain(), *TRANSFER_METHODS[name].constraints(given))
+
+    program = make_program(training_of(source()))
+    kept = []
+
+    def save(progress, logs):
+        kept.append(jax.tree.map(jnp.copy, progress))
+
+    begun = program.init(jax.random.key(1), target())
+    watch = train.Watch(save=save, save_every=2)
+    end = fit(program, begun, target(), watch)
+    middle = next(p for p in kept if int(p.state.step) == 2)
+    resumed = fit(program, middle, target())
+    same = jax.tree.map(
+        lambda a, b: bool((a == b).all()), _plain(end.state), _plain(resumed.state)
+    )
+    assert jax.tree.all(same)
+    other = starting_as(program, training_of(source(seed=5)))
+    fit(other, other.init(jax.random.key(1), target()), target())
+
+
+def _plain(state):
+    return state._replace(key=jax.random.key_data(state.key))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_networks_of_few_bits_can_be_put_on_another_task(bits):
+    images = [jnp.asarray(shown(), jnp.float32)]
+    parts = (MODEL, source().params, source().model_state)
+    model, params, state = post_training(*parts, images, bits, activation_bits=bits)
+    coarse = source()._replace(model=model, params=params, model_state=state)
+    zeros = source().params["conv2"]["kernel"] == 0
+    assert (params["conv2"]["kernel"] == 0)[zeros].all()
+    shown_as = (started_from(coarse), sees(coarse))
+    for way in (
+        (started_from(coarse), prompted(PROMPT), frozen(["prompt"])),
+        (*shown_as, probed(K)),
+        (*shown_as, fine_tuned(K), quantised(bits, 0)),
+    ):
+        program = make_program(constrain(plain(steps=1), *way))
+        end = fit(program, program.init(jax.random.key(0), target()), target())
+        leaves = jax.tree.leaves(end.state.params)
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
+
+
+def test_prompts_have_the_sizes_of_the_network():
+    def live(**options):
+        prompt = make_prompt(source(), TransferOptions(**options))
+        assert prompt.shape == SHAPE
+        return int(prompt.live.sum())
+
+    assert live() == 3 * (64 - 16)
+    assert live(prompt_size=6) == 3 * (64 - 36)
+    assert live(prompt="frame") == 3 * (64 - 36)
+    assert live(prompt="patch", prompt_size=2) == 12
+    assert live(prompt="random_patch") == 3 * 16
+    with pytest.raises(ValueError, match="expected inner of at most 8 x 8"):
+        make_prompt(source(), TransferOptions(prompt_size=9))
+    with pytest.raises(ValueError, match="prompt"):
+        TransferOptions(prompt="banner")
