@@ -57,10 +57,12 @@ def without_cache(monkeypatch):
 def cache_home(monkeypatch, tmp_path):
     """A cache directory of its own, and the configuration as it was afterwards."""
     before = jax.config.jax_compilation_cache_dir
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     yield tmp_path
     jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 def test_no_flags_give_the_defaults():
@@ -180,6 +182,7 @@ def test_a_defect_of_the_program_keeps_its_traceback():
 def test_compiled_programs_go_to_the_users_cache_directory(cache_home):
     cli.use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == str(cache_home / "d2sparse" / "jax")
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
 
 
 def test_a_cache_directory_of_the_environment_is_respected(cache_home, monkeypatch):

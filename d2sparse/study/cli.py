@@ -159,6 +159,8 @@ def use_compilation_cache() -> None:
         directory.mkdir(parents=True, exist_ok=True)
     if os.access(directory, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(directory))
+        # Also the many that are compiled in a moment: together they take seconds.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _refuse_addresses(config: object) -> None:

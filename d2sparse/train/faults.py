@@ -74,7 +74,8 @@ def check_finite(values: PyTree, what: str, state: TrainState) -> None:
 
 def has_failed(state: TrainState) -> bool:
     """Whether a fault has stopped a run; of several runs, every one of them."""
-    return bool(np.all((state.faults.total > 0) & ~state.faults.skip))
+    total, skip = np.asarray(state.faults.total), np.asarray(state.faults.skip)
+    return bool(np.all((total > 0) & ~skip))
 
 
 def failure(state: TrainState) -> str:
