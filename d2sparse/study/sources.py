@@ -331,6 +331,8 @@ class Workshop:
         if place.exists():
             found: dict[str, float] = json.loads(read_text(place))
             return found
+        if not self.trains:  # It may not be trained yet.
+            return dict.fromkeys(("accuracy", "nll", "brier", "ece"), np.nan)
         examples = train.to_device(self.task.test)
         training = train.constrain(
             train.plain(network.model, examples), started_from(network), sees(network)

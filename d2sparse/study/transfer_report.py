@@ -101,9 +101,9 @@ def decide(runs: "pd.DataFrame") -> "pd.DataFrame":
       A row a decision: claim, method, compression, samples_per_class (NaN where it is
       about several), difference, error, units and verdict.
     """
-    table = runs.pivot_table(index="seed", columns=list(_BY), sort=False, dropna=False)
+    table = runs.pivot_table(index="seed", columns=list(_BY))
     rows = []
-    keys = runs[list(_BY)].drop_duplicates().itertuples(index=False, name=None)
+    known = list(runs[list(_BY)].drop_duplicates().itertuples(index=False, name=None))
     shots = sorted(set(runs["samples_per_class"]), key=lambda n: n or np.inf)
 
     def apart(column: str, method: str, own: str, samples: int) -> Any:
@@ -111,8 +111,7 @@ def decide(runs: "pd.DataFrame") -> "pd.DataFrame":
             table[column, method, own, samples] - table[column, method, DENSE, samples]
         )
 
-    known = set(table["accuracy"].columns)
-    for method, own, samples in keys:
+    for method, own, samples in known:
         if own == DENSE or (method, DENSE, samples) not in known:
             continue
         place = {"method": method, "compression": own, "samples_per_class": samples}
