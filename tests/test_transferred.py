@@ -32,6 +32,7 @@ from d2sparse.models.pretrained import Pretrained
 from d2sparse.models.quantised import post_training
 from d2sparse.train import Recipe, constrain, fit, make_program, starting_as
 
+ALIKE = ("prompted_random", "prompted_identity", "prompted_frequency")
 K, SHAPE, STEPS = 3, (8, 8, 3), 4
 
 
@@ -244,7 +245,14 @@ def test_what_cannot_be_frozen_is_said():
         inside.init(jax.random.key(0), jnp.zeros((1, *SHAPE)))
 
 
-@pytest.mark.parametrize("name", TRANSFER_METHODS)
+WAYS = [
+    # Maps of all kinds are trained in test_prompted.
+    pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ())
+    for name in TRANSFER_METHODS
+]
+
+
+@pytest.mark.parametrize("name", WAYS)
 def test_every_way_resumes_to_the_bit_and_serves_other_sources(name):
     """Another source network does not compile anything of the training anew."""
     assert name not in METHODS
