@@ -12,6 +12,7 @@ from flax import linen as nn
 from d2sparse import data, losses, prompts, train, tree
 from d2sparse.constraints import (
     METHODS,
+    STREAM_METHODS,
     TRANSFER_METHODS,
     Moves,
     TransferOptions,
@@ -26,10 +27,12 @@ from d2sparse.constraints import (
     rigl,
     sees,
     started_from,
+    with_head,
 )
 from d2sparse.models import Model, from_linen
 from d2sparse.models.pretrained import Pretrained
 from d2sparse.models.quantised import post_training
+from d2sparse.quantisation import quantise_weights
 from d2sparse.train import Recipe, constrain, fit, make_program, starting_as
 
 ALIKE = ("prompted_random", "prompted_identity", "prompted_frequency")
@@ -219,10 +222,89 @@ def test_fine_tuning_moves_all_but_the_zeros():
 def test_zeros_may_grow_again_under_masks_of_another():
     tuned = (started_from(source()), sees(source()), fine_tuned(K, keeps_zeros=False))
     moves = rigl(0.5, Moves(interval=2, growth_samples=0))
-    training = constrain(plain(), *tuned, moves)
-    assert training.claims["the masks"] == "rigl"
+    program = make_program(constrain(plain(), *tuned, moves))
+    assert program.training.claims["the masks"] == "rigl"
+    end = fit(program, program.init(jax.random.key(1), target()), target())
+    before = np.asarray(source().params["conv2"]["kernel"])
+    after = np.asarray(end.state.params["conv2"]["kernel"])
+    assert ((before == 0) & (after != 0)).any()
+    live = sum(
+        int((leaf != 0).sum())
+        for path, leaf in tree.flatten(end.state.params).items()
+        if path.endswith("kernel")
+    )
+    assert live <= (27 * 4 + 36 * 6 + 6 * K) // 2
     with pytest.raises(ValueError, match="fine_tuned and rigl"):
         constrain(plain(), *TUNED, moves)
+
+
+def test_a_new_last_layer_begins_within_its_range():
+    """Uniform in ±1 / sqrt(6), and of other numbers in every run."""
+    wide = 200
+    training = constrain(plain(), started_from(source()), with_head(wide))
+    like = jnp.zeros((1, *SHAPE))
+    init = jax.jit(lambda key: training.model.init(key, like)[0])
+    first, second = (init(jax.random.key(n)) for n in range(2))
+    kernel = np.asarray(first["head"]["kernel"])
+    assert (kernel.shape, first["head"]["bias"].shape) == ((6, wide), (wide,))
+    assert np.abs(kernel).max() <= 6**-0.5
+    # Of a uniform distribution: mean 0, variance a third of the squared bound.
+    np.testing.assert_allclose(kernel.mean(), 0, atol=0.03)
+    np.testing.assert_allclose(kernel.var(), 1 / 18, rtol=0.1)
+    assert (kernel != second["head"]["kernel"]).all()
+    conv = source().params["conv1"]["kernel"]
+    np.testing.assert_array_equal(first["conv1"]["kernel"], conv)
+    assert training.network.macs["head/kernel"] == 6 * wide
+    assert training.network.params["head"]["kernel"].shape == (6, wide)
+
+
+def test_images_of_colour_and_of_the_same_size_are_standardised_alone():
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (2, *SHAPE), np.uint8)
+    batch = train.to_device(data.Split(images, np.zeros(2, np.int32)))
+    training = constrain(plain(), started_from(source()), sees(source()))
+    mean, std = np.float32([0.4, 0.5, 0.6]), np.float32([0.2, 0.25, 0.3])
+    expected = (images.astype(np.float32) / 255 - mean) / std
+    np.testing.assert_allclose(training.inputs(batch, None), expected, atol=1e-5)
+    two = train.to_device(data.Split(images[..., :2], np.zeros(2, np.int32)))
+    with pytest.raises(ValueError, match="channels"):
+        training.inputs(two, None)
+
+
+@pytest.mark.parametrize("which", ["prompted", "probed"])
+def test_few_bits_of_the_moment_are_seen_by_what_is_trained(which):
+    """Under `quantised` the frozen weights are those that rounding once makes."""
+    bits = {"conv1/kernel": 8, "conv2/kernel": 3, "head/kernel": 8}
+    if which == "prompted":
+        behind = (prompted(PROMPT), frozen(["prompt"]))
+    else:
+        behind = (sees(source()), frozen(["head"]))
+
+    def outputs(network, *coarse):
+        training = constrain(plain(), started_from(network), *coarse, *behind)
+        x = training.inputs(target(), None)
+        params, state = training.model.init(jax.random.key(0), x)
+        return training.model.apply(params, state, x, train=False)[0]
+
+    rounded = source()._replace(params=quantise_weights(source().params, bits))
+    found = jax.jit(lambda: outputs(source(), quantised(3, 0)))()
+    expected, exact = outputs(rounded), outputs(source())
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(found - exact).max() > 1e-3
+
+
+def test_what_goes_before_a_network_takes_its_place_is_refused():
+    for before in (
+        (quantised(4),),
+        (prompted(PROMPT),),
+        (label_mapped(K, "random"),),
+        (with_head(K),),
+        (frozen(["head"]),),
+    ):
+        with pytest.raises(ValueError, match=r"started_from before .*; put it first"):
+            constrain(plain(), *before, started_from(source()))
+    with pytest.raises(ValueError, match="quantised before what freezes"):
+        constrain(plain(), *PROBED, quantised(4))
 
 
 def test_what_cannot_be_frozen_is_said():
@@ -253,9 +335,9 @@ WAYS = [
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_every_way_resumes_to_the_bit_and_serves_other_sources(name):
+def test_every_way_resumes_to_the_bit_and_serves_other_sources(name, caplog):
     """Another source network does not compile anything of the training anew."""
-    assert name not in METHODS
+    assert name not in {*METHODS, *STREAM_METHODS}
     options = TransferOptions(prompt_size=4, map_every=2)
 
     def training_of(network):
@@ -278,14 +360,23 @@ def test_every_way_resumes_to_the_bit_and_serves_other_sources(name):
     )
     assert jax.tree.all(same)
     other = starting_as(program, training_of(source(seed=5)))
-    fit(other, other.init(jax.random.key(1), target()), target())
+    begun = other.init(jax.random.key(1), target())
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        further = fit(other, begun, target())
+    assert "ompil" not in caplog.text
+    leaves = zip(*map(_numbers, (end.state, further.state)), strict=True)
+    assert any((a != b).any() for a, b in leaves)
+
+
+def _numbers(state):
+    return jax.tree.leaves((state.params, state.model_state))
 
 
 def _plain(state):
     return state._replace(key=jax.random.key_data(state.key))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])
 def test_networks_of_few_bits_can_be_put_on_another_task(bits):
     images = [jnp.asarray(shown(), jnp.float32)]
     parts = (MODEL, source().params, source().model_state)
@@ -303,6 +394,13 @@ def test_networks_of_few_bits_can_be_put_on_another_task(bits):
         end = fit(program, program.init(jax.random.key(0), target()), target())
         leaves = jax.tree.leaves(end.state.params)
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
+
+
+@pytest.mark.parametrize("bits", [1, 9])
+def test_bits_out_of_range_are_refused(bits):
+    given = Transferred(source(), K, STEPS, bits=bits)
+    with pytest.raises(ValueError, match=f"bits.* got {bits}"):
+        TRANSFER_METHODS["fine_tuned"].constraints(given)
 
 
 def test_prompts_have_the_sizes_of_the_network():

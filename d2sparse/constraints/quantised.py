@@ -67,7 +67,8 @@ def quantised(
 
     Raises:
       ValueError: fewer or more bits, an unknown choice, or, when applied, a second
-        quantisation. When the training begins, no images to calibrate inputs on.
+        quantisation, or one of what is frozen already. When the training begins, no
+        images to calibrate inputs on.
     """
     for number in (bits, edges, activation_bits or bits):
         check_bits(number)
@@ -76,6 +77,11 @@ def quantised(
     how = Precision(bits, activation_bits, per, scale, edges, inputs)
 
     def constrained(training: Training) -> Training:
+        if training.claims.get("the masks") == "frozen":
+            raise ValueError(
+                "expected quantised before what freezes the network, whose kernels are "
+                "no parameters any more, got it after; put it first"
+            )
         who = CALIBRATED if how.finds_inputs else "quantised"
         claimed = claim(training, "the precision", who)
         if not how.finds_inputs and not how.trains_kernels:

@@ -10,6 +10,7 @@ from flax import traverse_util
 from d2sparse import lottery, rules, tree
 from d2sparse.checks import check_whole
 from d2sparse.constraints.masked import under_masks
+from d2sparse.constraints.quantised import CALIBRATED
 from d2sparse.masks import dense_masks
 from d2sparse.models import Model
 from d2sparse.models.pretrained import Pretrained, into
@@ -35,6 +36,11 @@ from d2sparse.train import (
 from d2sparse.tree import PyTree
 
 HEAD = "head"  # The last layer, in the networks of `d2sparse.models`.
+# Who stands around a network, and is gone where another network takes its place.
+_AROUND = {
+    *("quantised", CALIBRATED, "prompted", "with_head", "label_mapped"),
+    *("frozen", "coupled"),
+}
 
 
 class Frozen(NamedTuple):
@@ -61,7 +67,8 @@ def started_from(network: Pretrained) -> Constraint:
 
     Raises:
       ValueError: the parameters are not those of the model; the first that differs is
-        named, with what is nearest to it.
+        named, with what is nearest to it. When applied, behind what stands around the
+        network, such as a prompt.
 
     >>> from d2sparse import data, models, train
     >>> model = models.lenet_300_100(num_classes=4)
@@ -86,6 +93,12 @@ def started_from(network: Pretrained) -> Constraint:
         return jax.tree.map(jnp.copy, (checked["params"], checked["state"]))
 
     def constrained(training: Training) -> Training:
+        for who in training.claims.values():
+            if who in _AROUND:
+                raise ValueError(
+                    f"expected started_from before {who}, which it would undo, got it "
+                    "after; put it first"
+                )
         claimed = claim(training, "where runs start", "started_from")
         model = Model(init, network.model.apply)
         return _seeing(claimed, model, network.shape)
