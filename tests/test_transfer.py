@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from d2sparse import data, train
 from d2sparse.study.transfer_report import decide, units_of
 from experiments.transfer import Config, run
 
@@ -86,6 +87,38 @@ def test_few_labels_and_prompts_are_differences_of_differences():
     assert row["samples_per_class"] == 1
 
 
+def test_differences_need_both_networks():
+    """Of a study that has not finished, what is there is decided."""
+
+    def without_dense(runs):
+        return runs[runs["compression"] != "dense"]
+
+    few = [(0.5, 0.3), (0.5, 0.29)]
+    for other in (
+        without_dense(frame(few, "probed", 1)),
+        without_dense(frame(few, "prompted_iterative", 10)),
+    ):
+        claims = decide(pd.concat([frame(few, "prompted_iterative", 1), other]))
+        assert set(claims["claim"]) == {"transfer", "calibration", "likelihood"}
+        assert len(claims) == 3
+    # A unit that lacks one of the two is none.
+    row = verdict_of(decide(frame([*few, (0.5, 0.1)]).iloc[:-1]), "transfer")
+    np.testing.assert_allclose(row["difference"], -0.205)
+    assert row["units"] == 2
+    assert decide(without_dense(frame(few))).empty
+
+
+def test_calibration_is_claimed_to_get_worse():
+    runs = frame([(0.5, 0.5)] * 3)
+    pruned = runs["compression"] == "imp80"
+    runs.loc[pruned, "ece"] += np.array([0.1, 0.11, 0.12])
+    runs.loc[pruned, "nll"] -= np.array([0.1, 0.11, 0.12])
+    claims = decide(runs)
+    assert verdict_of(claims, "calibration")["verdict"] == "supported"
+    assert verdict_of(claims, "likelihood")["verdict"] == "reversed"
+    assert verdict_of(claims, "transfer")["verdict"] == "undecided"
+
+
 def test_runs_that_share_a_network_are_one_unit():
     runs = pd.concat(
         [
@@ -123,25 +156,59 @@ def test_every_way_and_network_has_a_row_and_a_verdict(study):
     assert {row["claim"] for row in summary["claims"]} == {
         *("transfer", "prompting", "calibration", "likelihood")
     }
+    # Every network is a unit, also where two have the same accuracy.
+    assert {row["networks"] for row in summary["sources"]} == {2}
     table = (place / "run" / "table.md").read_text()
     assert "released x 100" in table
+    titles = [line for line in table.splitlines() if line.startswith("## ")]
+    assert titles[:3] == [
+        "## 1 label per class",
+        "## Calibration of prompted_iterative, 1 label per class",
+        "## Calibration of probed, 1 label per class",
+    ]
+    assert [title[:6] for title in titles[3:]] == [
+        "## (a)",
+        "## (b)",
+        "## (c)",
+        "## (c)",
+    ]
     figures = {path.stem for path in (place / "run" / "figures").iterdir()}
     assert {"prompts", "label_map-ptq4", "calibration-probed"} <= figures
     assert "accuracy_against_compression-ptq-1" in figures
 
 
-def test_networks_and_runs_are_kept(study):
+def written(place):
+    return {p: p.stat().st_mtime_ns for p in place.rglob("*") if p.is_file()}
+
+
+def test_networks_and_runs_are_kept(study, monkeypatch):
     config, runs, place = study
-    before = {p: p.stat().st_mtime_ns for p in (place / "sources").rglob("*")}
-    again = run(config)
+    sources, units = written(place / "sources"), written(place / "run" / "units")
+    assert len(units) == 12
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("something is trained anew")
+
+    monkeypatch.setattr(train, "fit", refuse)
+    with monkeypatch.context() as without_runs:
+        without_runs.setattr(train, "fit_together", refuse)
+        again = run(config)
     np.testing.assert_array_equal(again["accuracy"], runs["accuracy"])
-    assert before == {p: p.stat().st_mtime_ns for p in (place / "sources").rglob("*")}
-    # Of other steps are other networks.
-    dry = dataclasses.replace(
-        config, workdir=str(place / "dry"), source_steps=7, dry_run=True
+    assert units == written(place / "run" / "units")
+    # A study elsewhere reads the networks, and has the same runs.
+    few = {"compression": ("ptq4",), "source_seed": (1,), "samples_per_class": (1,)}
+    other = dataclasses.replace(
+        config, workdir=str(place / "other"), methods=("probed",), axes=few
     )
-    assert not len(run(dry))
-    assert before.keys() == set((place / "sources").rglob("*"))
+    (found,) = run(other)["accuracy"]
+    chosen = (runs["method"] == "probed") & (runs["compression"] == "ptq4")
+    (own,) = runs[chosen & (runs["source_seed"] == 1)]["accuracy"]
+    assert found == own
+    # Of other steps are other networks, which a dry run does not train.
+    dry = {"workdir": str(place / "dry"), "source_steps": 7, "dry_run": True}
+    assert not len(run(dataclasses.replace(other, **dry)))
+    assert sources == written(place / "sources")
+    assert not (place / "dry").exists()
 
 
 def test_what_cannot_be_transferred_is_said(tmp_path):
@@ -153,3 +220,37 @@ def test_what_cannot_be_transferred_is_said(tmp_path):
         run(dataclasses.replace(TINY, ticket="somewhere"))
     with pytest.raises(ValueError, match="prompt_size"):
         dataclasses.replace(TINY, prompt_size=-1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_size": 17}, "expected inner of at most 16 x 16"),
+        (
+            {"axes": {**AXES, "prompt_size": (4, 17)}, "prompt": "patch"},
+            "at most 16 x 16",
+        ),
+        ({"classes": "", "source_dataset": "digits"}, "at most 10 target classes"),
+        ({"classes": "10-12"}, "expected classes FIRST-LAST of 0 to 11"),
+        ({"source_model": "resnet9"}, "unknown model 'resnet9'"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_trained(
+    changes, message, tmp_path
+):
+    images = np.zeros((24, 8, 8, 1), np.uint8)
+    labels = np.arange(24, dtype=np.int32) % 12
+    target = data.from_arrays(images, labels, images, labels)
+    places = {"workdir": str(tmp_path / "run"), "sources": str(tmp_path / "sources")}
+    with pytest.raises(ValueError, match=message):
+        run(dataclasses.replace(TINY, **places, **changes), target)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["ptq9", "qat1", "imp80_ptq2", ""])
+def test_compressions_that_are_none_are_refused(name):
+    with pytest.raises(ValueError, match=f"expected compression of .* got '{name}'"):
+        dataclasses.replace(TINY, axes={}, compression=name)
+    for changes in ({"source_rounds": 0}, {"further_steps": 0}, {"source_seed": -1}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            dataclasses.replace(TINY, axes={}, **changes)

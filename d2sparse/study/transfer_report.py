@@ -111,9 +111,13 @@ def decide(runs: "pd.DataFrame") -> "pd.DataFrame":
             table[column, method, own, samples] - table[column, method, DENSE, samples]
         )
 
-    for method, own, samples in known:
-        if own == DENSE or (method, DENSE, samples) not in known:
-            continue
+    # Of runs that have finished: a dense network may still be missing.
+    paired = [
+        (method, own, samples)
+        for method, own, samples in known
+        if own != DENSE and (method, DENSE, samples) in known
+    ]
+    for method, own, samples in paired:
         place = {"method": method, "compression": own, "samples_per_class": samples}
         hurt = apart("accuracy", method, own, samples)
         rows.append({"claim": "transfer", **place, **_verdict(hurt, -1)})
@@ -121,11 +125,11 @@ def decide(runs: "pd.DataFrame") -> "pd.DataFrame":
             worse = apart(column, method, own, samples)
             rows.append({"claim": claim, **place, **_verdict(worse, 1)})
         most = (method, own, shots[-1])
-        if samples == shots[0] and len(shots) > 1 and most in known:
+        if samples == shots[0] and len(shots) > 1 and most in paired:
             grown = hurt - apart("accuracy", *most)
             wide = {**place, "samples_per_class": np.nan}
             rows.append({"claim": "few labels", **wide, **_verdict(grown, -1)})
-        if method == _PROMPT and (_PROBE, own, samples) in known:
+        if method == _PROMPT and (_PROBE, own, samples) in paired:
             more = hurt - apart("accuracy", _PROBE, own, samples)
             rows.append({"claim": "prompting", **place, **_verdict(more, -1)})
     return pd.DataFrame(rows, columns=_CLAIM)
@@ -157,11 +161,13 @@ def _minus_dense(
 def _sources(runs: "pd.DataFrame") -> "pd.DataFrame":
     """Means of what is known of the source networks, a row a compression."""
     columns = [name for name in runs.columns if name.startswith("source_")]
-    each = runs.drop_duplicates(["compression", "seed"])
+    # Where seeds of the target are the units, all of them share a network.
+    network = "source_seed" if "source_seed" in runs.columns else "seed"
+    each = runs.drop_duplicates(["compression", network])
     groups = each.groupby("compression", sort=False)
     found = groups[columns].mean()
     found["error"] = groups["source_accuracy"].std(ddof=1) / np.sqrt(groups.size())
-    found["networks"] = groups["source_accuracy"].nunique()
+    found["networks"] = groups.size()
     return found.reset_index()
 
 

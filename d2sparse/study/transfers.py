@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from d2sparse.constraints import (
     Method,
     TransferOptions,
     Transferred,
+    make_prompt,
     maps_of,
     with_maps,
 )
@@ -72,6 +74,7 @@ def transfer(config: Any, target: Source) -> "pd.DataFrame":
     say = print if config.progress else (lambda text: None)
     workshop = make_workshop(config, config.data_dir, not config.dry_run, say)
     like = workshop.start(config.source_seed)
+    _check_prompts(config, like, target.num_classes)
     experiment = Experiment(
         "transfer",
         methods=transfer_methods(workshop, target.num_classes),
@@ -81,6 +84,23 @@ def transfer(config: Any, target: Source) -> "pd.DataFrame":
         report=transfer_report.report,
     )
     return compare(config, experiment, target, _placeholder(like))
+
+
+def _check_prompts(config: Any, network: Pretrained, classes: int) -> None:
+    """Refuses prompts and maps that the network has no room for.
+
+    They would be found where they are made, after source networks have been trained.
+    """
+    if not any(name.startswith("prompted") for name in config.methods):
+        return
+    images = jax.ShapeDtypeStruct((1, *network.shape), jnp.float32)
+    apply = functools.partial(network.model.apply, train=False)
+    logits, _ = jax.eval_shape(apply, network.params, network.model_state, images)
+    label_maps.check_enough(logits.shape[-1], classes)
+    kinds = config.axes.get("prompt", (config.prompt,))
+    sizes = config.axes.get("prompt_size", (config.prompt_size,))
+    for kind, size in itertools.product(kinds, sizes):
+        make_prompt(network, TransferOptions(prompt=kind, prompt_size=size))
 
 
 def _placeholder(network: Pretrained) -> Model:
