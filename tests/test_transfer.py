@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from d2sparse import data, train
+from d2sparse import data, records, train
 from d2sparse.study.transfer_report import decide, units_of
 from experiments.transfer import Config, run
 
@@ -189,6 +189,7 @@ def test_networks_and_runs_are_kept(study, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("something is trained anew")
 
+    monkeypatch.setattr(records.Run, "save_figure", lambda *given: None)
     monkeypatch.setattr(train, "fit", refuse)
     with monkeypatch.context() as without_runs:
         without_runs.setattr(train, "fit_together", refuse)
