@@ -143,6 +143,20 @@ def test_what_is_frozen_stays_to_the_bit(which):
     assert jax.tree.all(moved)
 
 
+@pytest.mark.parametrize("which", ["prompted", "probed"])
+def test_a_frozen_network_is_in_evaluation_mode_in_every_step(which):
+    program, first, _ = trained(which)
+    own, state = program.training, first.state
+    x = own.inputs(target(), None)
+
+    @jax.jit
+    def both(params, model_state):
+        modes = (True, False)
+        return [own.model.apply(params, model_state, x, train=m)[0] for m in modes]
+
+    np.testing.assert_array_equal(*both(state.params, state.model_state))
+
+
 def test_zeros_of_a_frozen_network_are_pruned_and_cost_nothing():
     zeros = int((source().params["conv2"]["kernel"] == 0).sum())
     assert zeros > 20
