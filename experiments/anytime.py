@@ -79,11 +79,7 @@ def run(config: Config, source: Source | None = None) -> pd.DataFrame:
 
 def _check(config: Config) -> None:
     """Refuses what has no meaning on a stream, and methods in another order."""
-    given = {**study.given(config), **config.axes}
-    for name in given.keys() & _NO_MEANING.keys():
-        raise ValueError(
-            f"expected no --{name}, since {_NO_MEANING[name]}, got {given[name]}"
-        )
+    study.refuse(config, _NO_MEANING)
     if "averaged" in config.with_:
         raise ValueError(
             "expected no --with=averaged, since the best epoch of every stage is kept "

@@ -74,11 +74,7 @@ def run(config: Config, target: Source | None = None) -> pd.DataFrame:
     Raises:
       ValueError: something in the configuration has no meaning or cannot be done.
     """
-    for name in study.given(config).keys() & _NO_MEANING.keys():
-        raise ValueError(
-            f"expected no --{name}, since {_NO_MEANING[name]}, got "
-            f"{getattr(config, name)}"
-        )
+    study.refuse(config, _NO_MEANING)
     target = target or data.load(config.dataset, config.data_dir)
     if config.classes:
         target = data.only_classes(target, config.classes)

@@ -38,7 +38,7 @@ from d2sparse.constraints.label_mapped import (
     label_mapped,
     maps_of,
     remapped,
-    with_maps,
+    vote_counter,
 )
 from d2sparse.constraints.latent import (
     powerprop,
@@ -152,7 +152,7 @@ __all__ = [
     "synflow",
     "timetable_of",
     "top_kast",
+    "vote_counter",
     "wanda",
     "with_head",
-    "with_maps",
 ]

@@ -15,9 +15,14 @@ import jax.numpy as jnp
 
 from d2sparse import tree
 from d2sparse.models import Model
-from d2sparse.models.kernel_order import input_bits, kernels, layers_of
-from d2sparse.models.quantised import Calibrated, with_dynamic_scales
-from d2sparse.models.taps import read, replace
+from d2sparse.models.kernel_order import input_bits, layer_of, layers_of
+from d2sparse.models.quantised import (
+    Calibrated,
+    unit_scales,
+    with_dynamic_scales,
+    with_inputs,
+)
+from d2sparse.models.taps import read
 from d2sparse.quantisation import (
     Per,
     ScaleName,
@@ -89,9 +94,7 @@ def with_found_scales(model: Model, how: Precision) -> Model:
 
     def init(key: jax.Array, x: Any) -> tuple[PyTree, Calibrated]:
         params, own = model.init(key, x)
-        layers = map(_layer, kernels(params)) if how.finds_inputs else ()
-        signed = {layer: jnp.array(True) for layer in layers}
-        ones = {layer: jnp.ones(()) for layer in signed}
+        ones, signed = unit_scales(params if how.finds_inputs else {})
         starts = {}
         if how.trains_kernels:
             leaves = tree.prunable_leaves(params)
@@ -251,12 +254,11 @@ def _found(
     coarse = _coarse(weights, lambda path, bits: starts[path], layers, how)
     _, taps = read(model.apply, list(layers))(coarse, own, x, train=False)
     seen = {layer: observe(tap.input) for layer, tap in taps.items()}
-    found = {_layer(path): jnp.ones(()) for path in kernels(weights)}
-    signed = {layer: jnp.array(True) for layer in found}
+    found, signed = unit_scales(weights)
     bits_of = input_bits(layers, how.activation_bits, how.edges)
     for layer, scale in _input_scales(seen, bits_of, how).items():
-        found[_layer(layers[layer])] = scale
-        signed[_layer(layers[layer])] = seen[layer].smallest < 0
+        found[layer_of(layers[layer])] = scale
+        signed[layer_of(layers[layer])] = seen[layer].smallest < 0
     return Calibrated(own, found, signed, starts)
 
 
@@ -317,11 +319,7 @@ def _with_inputs(
         return fake_quantise(x, scale, bits, signed)
 
     bits_of = input_bits(layers, how.activation_bits, how.edges)
-    inputs = {
-        layer: functools.partial(rounded, layer=_layer(layers[layer]), bits=bits)
-        for layer, bits in bits_of.items()
-    }
-    return replace(apply, inputs=inputs)
+    return with_inputs(apply, rounded, layers, bits_of)
 
 
 def _trained(
@@ -359,10 +357,6 @@ def _positive(scale: jax.Array) -> jax.Array:
     """Scales of pruned channels are the largest of the others, as they may regrow."""
     largest = jnp.max(scale)
     return jnp.where(scale > 0, scale, jnp.where(largest > 0, largest, 1.0))
-
-
-def _layer(path: str) -> str:
-    return path.removesuffix("/kernel")
 
 
 def _is_calibrated(node: Any) -> bool:

@@ -140,16 +140,12 @@ def remapped(
     def constrained(training: Training) -> Training:
         _refuse(training)
         chosen = claim(training, "the choice of labels", "remapped")
-        # A program is compiled for one training, or for each learner of a pair.
-        counter = functools.lru_cache(4)(
-            functools.partial(_make_counter, classes=classes, soft=soft)
-        )
 
         def choose(
             program: Program, state: TrainState, data: Data, voters: Any
         ) -> TrainState:
             own = program.training
-            count = counter(own.model.apply, own.inputs)
+            count = vote_counter(own.model.apply, own.inputs, classes, soft)
             found = count(state.params, state.model_state, data, voters)
             maps = [_solve(solver)(votes) for votes in found]
             return state._replace(model_state=with_maps(state.model_state, maps))
@@ -286,13 +282,25 @@ def _phases(
             yield own._replace(enter=_Choosing(own, choose), title=title)
 
 
-def _make_counter(
+@functools.lru_cache(maxsize=16)
+def vote_counter(
     apply: Callable[..., Any],
     inputs: Callable[[Data, Any], Any],
     classes: int,
     soft: bool,
 ) -> Callable[..., list[jax.Array]]:
-    """`(params, model_state, data, voters) -> float or int[S, K] of every network`."""
+    """Counts what examples vote for; compiled once for a training.
+
+    Args:
+      apply: of the model whose outputs are mapped.
+      inputs: of its training.
+      classes: K, of the target.
+      soft: whether votes are probabilities.
+
+    Returns:
+      `(params, model_state, data, voters) -> votes`, `[S, K]` of every network; voters
+      are bool[n], or None for all.
+    """
 
     @jax.jit
     def votes(

@@ -14,8 +14,10 @@ from d2sparse.train import (
     Network,
     Progress,
     Training,
+    as_pixels,
     claim,
     describe,
+    images_like,
 )
 from d2sparse.tree import Prunable, PyTree
 
@@ -74,12 +76,11 @@ def prompted(prompt: Prompt) -> Constraint:
                     f"{training.claims[what]}; put prompted first"
                 )
         claimed = claim(training, "the prompt", "prompted")
-        network = describe(training.model, _like(prompt), training.network.prunable)
+        seen = images_like(prompt.shape)
+        network = describe(training.model, seen, training.network.prunable)
 
         def inputs(batch: Data, key: jax.Array | None) -> Any:
-            # Nothing is subtracted and divided by: the prompt does it.
-            mean, std = jnp.zeros_like(batch.mean), jnp.ones_like(batch.std)
-            pixels = batch._replace(mean=mean, std=std)
+            pixels = as_pixels(batch)  # The prompt normalises them.
             if key is None or not prompt.is_random:
                 return training.inputs(pixels, key)
             shown_key, place_key = jax.random.split(key)
@@ -145,11 +146,3 @@ def _inside(prunable: Prunable) -> Prunable:
         return first == "network" and prunable(rest, leaf)
 
     return predicate
-
-
-def _like(prompt: Prompt) -> Data:
-    """Data of the shape that the network sees."""
-    images: Any = jax.ShapeDtypeStruct((1, *prompt.shape), jnp.float32)
-    labels: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
-    number: Any = jax.ShapeDtypeStruct((), jnp.float32)
-    return Data(images, labels, number, number)

@@ -29,9 +29,11 @@ from d2sparse.train import (
     Settings,
     Training,
     TrainState,
+    as_pixels,
     claim,
     describe,
     forward_macs,
+    images_like,
 )
 from d2sparse.tree import PyTree
 
@@ -124,8 +126,7 @@ def sees(network: Pretrained) -> Constraint:
 
     def constrained(training: Training) -> Training:
         def inputs(batch: Data, key: jax.Array | None) -> jax.Array:
-            mean, std = jnp.zeros_like(batch.mean), jnp.ones_like(batch.std)
-            pixels = training.inputs(batch._replace(mean=mean, std=std), key)
+            pixels = training.inputs(as_pixels(batch), key)
             x = with_channels(widened(pixels), channels)
             return normalise(resized(x, (height, width)))
 
@@ -316,14 +317,14 @@ def with_head(classes: int, head: str = HEAD) -> Constraint:
                 logits += leaves[f"{head}/bias"][None]
             return logits, after
 
-        def resized(path: str, form: Any) -> Any:
+        def described(path: str, form: Any) -> Any:
             shape = (*form.shape[:-1], classes) if path in old else form.shape
             return jax.ShapeDtypeStruct(shape, form.dtype)
 
         kernel = f"{head}/kernel"
         costs = {**network.macs, kernel: features * classes}
         headed = network._replace(
-            params=tree.map_with_path(resized, network.params), macs=costs
+            params=tree.map_with_path(described, network.params), macs=costs
         )
         return claimed._replace(model=Model(init, apply), network=headed)
 
@@ -332,11 +333,7 @@ def with_head(classes: int, head: str = HEAD) -> Constraint:
 
 def _seeing(training: Training, model: Model, shape: tuple[int, ...]) -> Training:
     """The training of a network that sees images of a shape."""
-    images: Any = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    labels: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
-    number: Any = jax.ShapeDtypeStruct((), jnp.float32)
-    like = Data(images, labels, number, number)
-    network = describe(model, like, training.network.prunable)
+    network = describe(model, images_like(shape), training.network.prunable)
     return training._replace(model=model, network=network)
 
 
@@ -388,8 +385,7 @@ def _flat(params: PyTree) -> dict[str, Any]:
             "expected parameters in nested dictionaries, as those of Linen, got "
             f"{type(params).__name__}; wrap the network in a `Model` that has them"
         )
-    flat: dict[str, Any] = traverse_util.flatten_dict(dict(params), sep="/")
-    return flat
+    return tree.flatten(params)
 
 
 def _nested(leaves: Mapping[str, Any]) -> PyTree:

@@ -23,6 +23,15 @@ def kernels(params: PyTree) -> list[str]:
     return [path for path in tree.flatten(params) if path.endswith(_KERNEL)]
 
 
+def layer_of(path: str) -> str:
+    """The path of a kernel without that: what scales of inputs are kept under.
+
+    >>> layer_of("block1/conv/kernel")
+    'block1/conv'
+    """
+    return path.removesuffix(_KERNEL)
+
+
 def layers_of(
     apply: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
 ) -> dict[str, str]:
@@ -56,7 +65,7 @@ def layers_of(
     jax.eval_shape(note, params, *args)
     paths = kernels(params)
     if not met:
-        return {path.removesuffix(_KERNEL): path for path in paths}
+        return {layer_of(path): path for path in paths}
     return {layer: _place(layer, paths) for layer in met}
 
 

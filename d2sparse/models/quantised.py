@@ -25,7 +25,12 @@ import jax.numpy as jnp
 
 from d2sparse.models.base import Model
 from d2sparse.models.kernel_order import in_order as in_order
-from d2sparse.models.kernel_order import input_bits, layers_of, with_edges
+from d2sparse.models.kernel_order import (
+    input_bits,
+    layer_of,
+    layers_of,
+    with_edges,
+)
 from d2sparse.models.kernel_order import kernels as kernels
 from d2sparse.models.taps import read, replace
 from d2sparse.quantisation import (
@@ -66,6 +71,46 @@ class Calibrated(NamedTuple):
     kernels: Mapping[str, jax.Array] = {}
 
 
+def unit_scales(
+    params: PyTree,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Scales of inputs before they are found, of 1, and signs: that all are signed.
+
+    Args:
+      params: whose kernels have inputs.
+
+    Returns:
+      `(scales, signed)`, as `Calibrated` has them.
+
+    >>> unit_scales({"head": {"kernel": jnp.ones((3, 2))}})[0]["head"].shape
+    ()
+    """
+    layers = [layer_of(path) for path in kernels(params)]
+    scales = {layer: jnp.ones(()) for layer in layers}
+    return scales, {layer: jnp.array(True) for layer in layers}
+
+
+def with_inputs(
+    apply: Callable[..., Any],
+    rounded: Callable[..., jax.Array],
+    layers: Mapping[str, str],
+    bits: Mapping[str, int],
+) -> Callable[..., Any]:
+    """A function in which some layers have their inputs rounded.
+
+    Args:
+      apply: any function that applies Linen modules, not compiled.
+      rounded: `(x, layer, bits) -> x`, with the layer as scales are kept under.
+      layers: paths of kernels by layer as taps name it, from `kernel_order.layers_of`.
+      bits: of the layers whose inputs are rounded, as taps name them.
+    """
+    inputs = {
+        layer: functools.partial(rounded, layer=layer_of(layers[layer]), bits=number)
+        for layer, number in bits.items()
+    }
+    return replace(apply, inputs=inputs)
+
+
 def with_scales(
     apply: Callable[..., Any], bits: Bits, unsigned: Collection[str] = ()
 ) -> Callable[..., Any]:
@@ -100,11 +145,11 @@ def with_scales(
     def applied(scales: Mapping[str, jax.Array], *args: Any, **kwargs: Any) -> Any:
         table = share_bits(bits, [layer + _KERNEL for layer in scales])
         inputs = {
-            path.removesuffix(_KERNEL): functools.partial(
+            layer_of(path): functools.partial(
                 fake_quantise,
-                scale=scales[path.removesuffix(_KERNEL)],
+                scale=scales[layer_of(path)],
                 bits=number,
-                signed=path.removesuffix(_KERNEL) not in unsigned,
+                signed=layer_of(path) not in unsigned,
             )
             for path, number in table.items()
         }
@@ -137,19 +182,16 @@ def with_dynamic_scales(apply: Callable[..., Any], bits: Bits) -> Callable[..., 
     """
     replace(apply)
 
-    def rounded(x: jax.Array, bits: int) -> jax.Array:
+    def rounded(x: jax.Array, layer: str, bits: int) -> jax.Array:
+        del layer
         signed = jnp.any(x < 0)
         return fake_quantise(x, dynamic(x, bits, signed), bits, signed)
 
     def applied(params: PyTree, *args: Any, **kwargs: Any) -> Any:
         layers = layers_of(apply, params, *args, **kwargs)
         table = share_bits(bits, kernels(params))
-        inputs = {
-            layer: functools.partial(rounded, bits=table[path])
-            for layer, path in layers.items()
-            if path in table
-        }
-        return replace(apply, inputs=inputs)(params, *args, **kwargs)
+        own = {n: table[path] for n, path in layers.items() if path in table}
+        return with_inputs(apply, rounded, layers, own)(params, *args, **kwargs)
 
     return applied
 
@@ -222,7 +264,7 @@ def scales_of(
     """
     positive = unsigned(statistics)
     own = share_bits(bits, [layer + _KERNEL for layer in statistics])
-    layers = {path.removesuffix(_KERNEL): number for path, number in own.items()}
+    layers = {layer_of(path): number for path, number in own.items()}
     return {
         layer: _scale(scale, number, layer not in positive, statistics[layer])
         for layer, number in layers.items()
@@ -260,27 +302,19 @@ def calibrated(model: Model, bits: Bits, edges: int = 8) -> Model:
 
     def init(key: jax.Array, x: jax.Array) -> tuple[PyTree, Calibrated]:
         params, own = model.init(key, x)
-        layers = [path.removesuffix(_KERNEL) for path in kernels(params)]
-        scales = {layer: jnp.ones(()) for layer in layers}
-        return params, Calibrated(own, scales, {n: jnp.array(True) for n in layers})
+        return params, Calibrated(own, *unit_scales(params))
 
     def apply(
         params: PyTree, model_state: Calibrated, x: Any, *, train: bool
     ) -> tuple[Any, Calibrated]:
-        own = model_state.own
+        own, scales, signed, _ = model_state
+
+        def rounded(x: jax.Array, layer: str, bits: int) -> jax.Array:
+            return fake_quantise(x, scales[layer], bits, signed[layer])
+
         layers = layers_of(model.apply, params, own, x, train=train)
         table = input_bits(layers, bits, edges)
-        inputs = {
-            layer: functools.partial(
-                fake_quantise,
-                scale=model_state.scales[name],
-                bits=number,
-                signed=model_state.signed[name],
-            )
-            for layer, number in table.items()
-            for name in [layers[layer].removesuffix(_KERNEL)]
-        }
-        coarse = replace(model.apply, inputs=inputs)
+        coarse = with_inputs(model.apply, rounded, layers, table)
         outputs, after = coarse(params, own, x, train=train)
         return outputs, model_state._replace(own=after)
 
@@ -357,7 +391,7 @@ def post_training(
             "expected layers of Linen, whose inputs can be rounded, got a network "
             "without; take 0 activation bits"
         )
-    statistics = {layers[n].removesuffix(_KERNEL): own for n, own in seen.items()}
+    statistics = {layer_of(layers[n]): own for n, own in seen.items()}
     own = with_edges(list(layers.values()), activation_bits, edges)
     scales = scales_of(statistics, own, calibration.named(scale))
     positive = unsigned(statistics)

@@ -25,6 +25,7 @@ from d2sparse.study.flags import (
     as_axes,
     aside,
     given,
+    refuse,
 )
 from d2sparse.study.frames import (
     difference,
@@ -71,6 +72,7 @@ __all__ = [
     "make_plans",
     "percent",
     "read_runs",
+    "refuse",
     "refuse_all_failed",
     "report",
     "run_plans",

@@ -165,6 +165,7 @@ class Config(RunFlags, Options, TrainingFlags, NetworkFlags, DataFlags):
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+OptionsT = TypeVar("OptionsT")
 _LEAST = {
     "samples_per_class": 0,
     "imbalance": 1,
@@ -215,6 +216,34 @@ def given(config: Any) -> dict[str, Any]:
         if field.default is not dataclasses.MISSING and value != field.default:
             values[field.name] = value
     return values
+
+
+def options_of(kind: type[OptionsT], flags: Any) -> OptionsT:
+    """The options of a kind among flags, by their names.
+
+    >>> options_of(DataFlags, Config(shift=3)).shift
+    3
+    """
+    fields: Any = kind
+    names = [field.name for field in dataclasses.fields(fields)]
+    return kind(**{name: getattr(flags, name) for name in names})
+
+
+def refuse(config: Any, reasons: Mapping[str, str]) -> None:
+    """Refuses flags that have no meaning in an experiment.
+
+    Args:
+      config: the flags.
+      reasons: why, by flag.
+
+    Raises:
+      ValueError: naming the first that is given, or an axis, and why it has none.
+    """
+    values = {**given(config), **config.axes}
+    for name in values.keys() & reasons.keys():
+        raise ValueError(
+            f"expected no --{name}, since {reasons[name]}, got {values[name]}"
+        )
 
 
 def as_axes(config: ConfigT, names: Iterable[str]) -> ConfigT:

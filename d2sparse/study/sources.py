@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2sparse import checkpoint, data, disk, models, quantisation, train, tree
+from d2sparse import checkpoint, data, disk, models, quantisation, train
 from d2sparse.checks import check_choice, check_least
 from d2sparse.constraints import (
     Moves,
@@ -38,10 +38,12 @@ from d2sparse.models.quantised import in_order, post_training
 from d2sparse.records.files import read_text, write_json
 from d2sparse.schedules import refresh_interval, refresh_stop
 from d2sparse.study.flags import aside
+from d2sparse.study.judging import zeros
 from d2sparse.study.trainings import make_prunable
-from d2sparse.train import Constraint, Data, Program, Recipe, Training
+from d2sparse.train import Constraint, Data, Network, Program, Recipe, Training
+from d2sparse.tree import PyTree
 
-OWN, TURNED = "own", "turned_digits"
+OWN, BASE, TURNED = "own", "base", "turned_digits"
 FLOAT_BITS = 32
 _CALIBRATED_ON = 512  # Training images of the source.
 
@@ -146,6 +148,24 @@ class SourceNetwork(NamedTuple):
     facts: Mapping[str, float]
 
 
+class _Course(NamedTuple):
+    """How a network comes about.
+
+    Attributes:
+      name: "base", or one of COMPRESSIONS.
+      seed: of its training.
+      start: the network it begins with.
+      recipe: of its training.
+      compression: while it is trained.
+    """
+
+    name: str
+    seed: int
+    start: Pretrained
+    recipe: Recipe
+    compression: Compression
+
+
 @dataclasses.dataclass(frozen=True)
 class Workshop:
     """Makes source networks, and keeps what was trained for the next time.
@@ -155,18 +175,20 @@ class Workshop:
       task: what they are trained on.
       place: directory where they are kept.
       say: told of every network that was trained.
-      programs: compiled, by what is trained; all seeds share them.
-      made: the networks that were made, by name and seed.
       trains: whether what is not there is trained; else it stays as it begins.
+      programs: compiled, by what is trained; all seeds share them.
+      exact: the networks before they are rounded, by name and seed.
+      made: the networks that were made, likewise.
     """
 
     flags: SourceFlags
     task: Source
     place: Path
     say: Callable[[str], None]
-    programs: dict[Any, Program]
-    made: dict[tuple[str, int], SourceNetwork]
     trains: bool = True
+    programs: dict[Any, Program] = dataclasses.field(default_factory=dict)
+    exact: dict[tuple[str, int], Pretrained] = dataclasses.field(default_factory=dict)
+    made: dict[tuple[str, int], SourceNetwork] = dataclasses.field(default_factory=dict)
 
     def make(self, name: str, seed: int) -> SourceNetwork:
         """The network of a compression and a seed.
@@ -177,53 +199,73 @@ class Workshop:
             trained, of what is trained after it was read.
         """
         if (name, seed) not in self.made:
-            self.made[name, seed] = self._compress(name, seed)
+            self.made[name, seed] = self._make(name, seed)
         return self.made[name, seed]
-
-    def _compress(self, name: str, seed: int) -> SourceNetwork:
-        own = COMPRESSIONS[name]
-        exact = self._trained(own, seed)
-        network = self._rounded(exact, own) if own.bits else exact
-        facts = {
-            **self._quality(name, seed, network, own),
-            "sparsity": self._sparsity(exact),
-            "size": self._size(exact, own),
-        }
-        return SourceNetwork(network, own, facts)
 
     def start(self, seed: int) -> Pretrained:
         """The network that everything begins with: not trained yet, or as read."""
         if self.flags.source != OWN:
-            return read_network(self.flags.source)
-        return self._fresh(seed)
-
-    def _trained(self, own: Compression, seed: int) -> Pretrained:
-        """A network before it is rounded."""
-        if own.bits and not own.aware:
-            own = Compression(own.pruning, own.sparsity)
-        (name,) = [name for name, other in COMPRESSIONS.items() if other == own]
-        if own.pruning == "rigl":
-            steps = self.flags.source_steps + self.flags.further_steps
-            recipe = self._recipe(steps, self.flags.source_rate)
-            return self._kept(name, seed, self.start(seed), recipe, own)
-        recipe = self._recipe(self.flags.further_steps, self.flags.further_rate)
-        return self._kept(name, seed, self._base(seed), recipe, own)
-
-    def _base(self, seed: int) -> Pretrained:
-        """The dense network that the others of a seed descend from."""
-        start = self.start(seed)
-        if self.flags.source != OWN:
-            return start
-        recipe = self._recipe(self.flags.source_steps, self.flags.source_rate)
-        return self._kept("base", seed, start, recipe, Compression())
-
-    def _fresh(self, seed: int) -> Pretrained:
-        """A network that is not trained yet."""
+            return self._read
         images = self.task.train.images
         shape, like = images.shape[1:], jnp.zeros((1, *images.shape[1:]))
         params, model_state = self._model.init(jax.random.key(seed), like)
         mean, std = map(jnp.asarray, data.channel_statistics(images))
         return Pretrained(self._model, params, model_state, mean, std, shape)
+
+    def _make(self, name: str, seed: int) -> SourceNetwork:
+        own = COMPRESSIONS[name]
+        exact = self._exact(_unrounded(own), seed)
+        network = self._rounded(exact, own) if own.bits else exact
+        facts = {
+            **self._quality(name, seed, network, own),
+            "sparsity": zeros(self._described(exact), _live(exact.params)),
+            "size": self._size(exact, own),
+        }
+        return SourceNetwork(network, own, facts)
+
+    def _exact(self, name: str, seed: int) -> Pretrained:
+        """A network before it is rounded, "base" or of COMPRESSIONS."""
+        if (name, seed) not in self.exact:
+            self.exact[name, seed] = self._come_about(name, seed)
+        return self.exact[name, seed]
+
+    def _come_about(self, name: str, seed: int) -> Pretrained:
+        """What a network has become: read, or trained and written."""
+        if name == BASE and self.flags.source != OWN:
+            return self._read
+        course, place = self._course(name, seed), self.place / f"{name}-{seed}"
+        start, steps = course.start, course.recipe.steps
+        if not place.exists():
+            if not self.trains:
+                return start
+            trained = self._train(course)
+            masks = {
+                "params": _live(trained["params"]),
+                "model_state": dense_masks(trained["model_state"]),
+            }
+            checkpoint.save_sparse(place, trained, masks)
+            self.say(f"source {name}, seed {seed}: trained for {steps} steps")
+        shapes = {"params": start.params, "model_state": start.model_state}
+        found, _ = checkpoint.load_sparse(place, shapes)
+        return start._replace(**found)
+
+    def _course(self, name: str, seed: int) -> _Course:
+        flags = self.flags
+        own = Compression() if name == BASE else COMPRESSIONS[name]
+        steps, rate, first = flags.further_steps, flags.further_rate, None
+        if name == BASE:
+            steps, rate, first = flags.source_steps, flags.source_rate, self.start(seed)
+        if own.pruning == "rigl":
+            steps += flags.source_steps
+            rate, first = flags.source_rate, self.start(seed)
+        augment = data.make_augment(padding=flags.source_shift)
+        recipe = Recipe(steps, flags.source_batch, learning_rate=rate, augment=augment)
+        return _Course(name, seed, first or self._exact(BASE, seed), recipe, own)
+
+    @functools.cached_property
+    def _read(self) -> Pretrained:
+        """The network that others trained."""
+        return read_network(self.flags.source)
 
     @functools.cached_property
     def _model(self) -> Model:
@@ -233,61 +275,24 @@ class Workshop:
             flags.source_model, self.task.num_classes, flags.source_width
         )
 
-    def _recipe(self, steps: int, rate: float) -> Recipe:
-        augment = data.make_augment(padding=self.flags.source_shift)
-        return Recipe(
-            steps, self.flags.source_batch, learning_rate=rate, augment=augment
-        )
-
-    def _kept(
-        self,
-        name: str,
-        seed: int,
-        start: Pretrained,
-        recipe: Recipe,
-        own: Compression,
-    ) -> Pretrained:
-        """What a network has become: read, or trained and written."""
-        place = self.place / f"{name}-{seed}"
-        shapes = {"params": start.params, "model_state": start.model_state}
-        if not place.exists():
-            if not self.trains:
-                return start
-            trained = self._train(name, seed, start, recipe, own)
-            zeros = jax.tree.map(lambda leaf: leaf != 0, trained["params"])
-            stays = dense_masks(trained["model_state"])
-            masks = {"params": zeros, "model_state": stays}
-            checkpoint.save_sparse(place, trained, masks)
-            self.say(f"source {name}, seed {seed}: trained for {recipe.steps} steps")
-        found, _ = checkpoint.load_sparse(place, shapes)
-        return start._replace(**found)
-
-    def _train(
-        self,
-        name: str,
-        seed: int,
-        start: Pretrained,
-        recipe: Recipe,
-        own: Compression,
-    ) -> dict[str, Any]:
+    def _train(self, course: _Course) -> dict[str, Any]:
         """Parameters and state of a network at the end of its training."""
         examples = train.to_device(self.task.train)
-        training = self._training(start, examples, recipe, own)
-        if name not in self.programs:
-            self.programs[name] = train.make_program(training)
-        program = train.starting_as(self.programs[name], training)
-        begun = program.init(jax.random.key(seed), examples)
+        program = self._program(course.name, self._training(course, examples))
+        begun = program.init(jax.random.key(course.seed), examples)
         end = train.fit(program, begun, examples)
         state = program.training.finish(end, examples, program)
         return {"params": state.params, "model_state": state.model_state}
 
-    def _training(
-        self, start: Pretrained, examples: Data, recipe: Recipe, own: Compression
-    ) -> Training:
-        network = train.describe(start.model, examples)
-        recipe = recipe._replace(
-            prunable=make_prunable("body", network, examples.images.shape[1:])
-        )
+    def _program(self, key: Any, training: Training) -> Program:
+        """A program of a training; those of one key differ in their starts alone."""
+        if key not in self.programs:
+            self.programs[key] = train.make_program(training)
+        return train.starting_as(self.programs[key], training)
+
+    def _training(self, course: _Course, examples: Data) -> Training:
+        start, own = course.start, course.compression
+        recipe = course.recipe._replace(prunable=self._described(start).prunable)
         plain = train.plain(start.model, examples, recipe)
         coarse = [quantised(own.bits, own.activation_bits)] if own.bits else []
         pruned = [self._pruning(own, recipe)] if own.pruning else []
@@ -305,6 +310,11 @@ class Workshop:
         size, stop = len(self.task.train.labels), refresh_stop(recipe.steps)
         interval = refresh_interval(size, recipe.batch_size, stop)
         return rigl(own.sparsity, Moves(interval, growth_samples=256))
+
+    def _described(self, network: Pretrained) -> Network:
+        """A network whose kernels but the first and the last may be pruned."""
+        plain = Network(network.params, {})
+        return plain._replace(prunable=make_prunable("body", plain, network.shape))
 
     def _rounded(self, network: Pretrained, own: Compression) -> Pretrained:
         """A network of few bits, with scales of inputs from training images."""
@@ -337,34 +347,17 @@ class Workshop:
         training = train.constrain(
             train.plain(network.model, examples), started_from(network), sees(network)
         )
-        key = ("judged", own.activation_bits)
-        if key not in self.programs:
-            self.programs[key] = train.make_program(training)
-        program = train.starting_as(self.programs[key], training)
+        program = self._program(("judged", own.activation_bits), training)
         state = program.init(jax.random.key(0), examples).state
         (probabilities,) = program.predict(state, examples).values()
         quality = train.evaluate(probabilities, self.task.test.labels)
         write_json(place, quality)
         return quality
 
-    def _sparsity(self, network: Pretrained) -> float:
-        """Fraction of zeros among the kernels but the first and the last."""
-        prunable = make_prunable(
-            "body",
-            train.Network(network.params, {}),
-            network.shape,
-        )
-        kernels = tree.prunable_leaves(network.params, prunable)
-        zeros = sum(int(jnp.sum(kernel == 0)) for kernel in kernels.values())
-        return zeros / tree.size(kernels)
-
     def _size(self, network: Pretrained, own: Compression) -> float:
         """Bits of the weights that are not 0."""
         if not own.bits:
-            live = [
-                jnp.sum(x != 0) for x in tree.prunable_leaves(network.params).values()
-            ]
-            return float(FLOAT_BITS * sum(int(count) for count in live))
+            return quantisation.effective_size(network.params, {})
         images = jax.ShapeDtypeStruct((1, *network.shape), jnp.float32)
         order = in_order(
             *(network.model.apply, network.params, network.model_state, images),
@@ -372,6 +365,19 @@ class Workshop:
         )
         bits = quantisation.edge_bits(order, own.bits)
         return quantisation.effective_size(network.params, bits)
+
+
+def _unrounded(own: Compression) -> str:
+    """The name of what a network is before it is rounded after training."""
+    if own.bits and not own.aware:
+        own = Compression(own.pruning, own.sparsity)
+    (name,) = [name for name, other in COMPRESSIONS.items() if other == own]
+    return name
+
+
+def _live(params: PyTree) -> PyTree:
+    """Masks of what is not 0."""
+    return jax.tree.map(lambda leaf: leaf != 0, params)
 
 
 def make_workshop(
@@ -400,7 +406,7 @@ def make_workshop(
     name = Path(flags.source).stem
     place = disk.local_path(flags.sources, "--sources")
     place = place / f"{name}-{flags.source_dataset}-{digest.hexdigest()[:6]}"
-    return Workshop(flags, task, place, say, {}, {}, trains)
+    return Workshop(flags, task, place, say, trains)
 
 
 def load_task(name: str, data_dir: str | None = None) -> Source:

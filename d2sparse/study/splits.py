@@ -10,7 +10,7 @@ import numpy as np
 
 from d2sparse import data, train
 from d2sparse.data import Source, Split
-from d2sparse.study.flags import DataFlags
+from d2sparse.study.flags import DataFlags, options_of
 from d2sparse.train import Data
 
 OUTSIDE_SIZE = 5000
@@ -58,8 +58,7 @@ def make_draw_splits(source: Source) -> DrawSplits:
         return _draw(flags, source, seed)
 
     def draw_splits(flags: Any, seed: int) -> Splits:
-        names = [field.name for field in dataclasses.fields(DataFlags)]
-        return drawn(DataFlags(**{name: getattr(flags, name) for name in names}), seed)
+        return drawn(options_of(DataFlags, flags), seed)
 
     return draw_splits
 

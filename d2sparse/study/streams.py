@@ -1,6 +1,5 @@
 """Comparisons on a stream: methods made from flags, and what their stages come to."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from d2sparse.constraints import (
 )
 from d2sparse.constraints.coupled import pair_masks
 from d2sparse.dual import Dual
+from d2sparse.study.flags import options_of
 from d2sparse.study.grid import Plan
 from d2sparse.study.runner import End
 from d2sparse.study.splits import DrawSplits
@@ -61,7 +61,7 @@ WITHIN = ("gradual", "rigl", "d2_sparse", "d2_consolidated")
 
 def stream_options(flags: Any) -> StreamOptions:
     """The options of a stream among flags, by their names."""
-    return StreamOptions(**_fields_of(StreamOptions, flags))
+    return options_of(StreamOptions, flags)
 
 
 def stream_methods(draw_splits: DrawSplits) -> dict[str, Method]:
@@ -147,18 +147,12 @@ def _from_flags(
 
         def on_stream(training: Training) -> Training:
             labels = np.asarray(draw_splits(flags, 0).train.labels)
-            options = Options(**_fields_of(Options, flags))
-            given = Streamed(options, stream_options(flags), labels)
+            given = Streamed(options_of(Options, flags), stream_options(flags), labels)
             return constrain(training, *method.constraints(given))
 
         return (on_stream,)
 
     return constraints
-
-
-def _fields_of(options: Any, flags: Any) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(options)]
-    return {name: getattr(flags, name) for name in names}
 
 
 def _masks(end: End) -> tuple[PyTree, ...]:

@@ -36,7 +36,8 @@ def report(comparison: Comparison) -> dict[str, Any]:
     runs = units_of(comparison.runs)
     rows = summarise(runs, _BY)
     for column in ("accuracy", "ece", "nll"):
-        rows = _minus_dense(rows, runs, column)
+        dense = f"dense_{column}", {"compression": DENSE}
+        rows = with_difference(rows, runs, *dense, _BY, column)
     sources = _sources(runs)
     claims = decide(runs)
     tables = [
@@ -104,7 +105,7 @@ def decide(runs: "pd.DataFrame") -> "pd.DataFrame":
     table = runs.pivot_table(index="seed", columns=list(_BY))
     rows = []
     known = list(runs[list(_BY)].drop_duplicates().itertuples(index=False, name=None))
-    shots = sorted(set(runs["samples_per_class"]), key=lambda n: n or np.inf)
+    shots = _shots(runs)
 
     def apart(column: str, method: str, own: str, samples: int) -> Any:
         return (
@@ -151,13 +152,6 @@ def _verdict(differences: Any, sign: int) -> dict[str, Any]:
     return {"difference": mean, "error": error, "units": count, "verdict": verdict}
 
 
-def _minus_dense(
-    rows: "pd.DataFrame", runs: "pd.DataFrame", column: str
-) -> "pd.DataFrame":
-    dense = {"compression": DENSE}
-    return with_difference(rows, runs, f"dense_{column}", dense, _BY, column)
-
-
 def _sources(runs: "pd.DataFrame") -> "pd.DataFrame":
     """Means of what is known of the source networks, a row a compression."""
     columns = [name for name in runs.columns if name.startswith("source_")]
@@ -198,7 +192,7 @@ def _source_table(sources: "pd.DataFrame") -> str:
 def _accuracy_tables(comparison: Comparison, rows: "pd.DataFrame") -> list[str]:
     """Accuracies, and differences to the dense network, a pair of tables a budget."""
     tables = []
-    for samples in sorted(set(rows["samples_per_class"]), key=lambda n: n or np.inf):
+    for samples in _shots(rows):
         own = rows[rows["samples_per_class"] == samples]
         title = _labels(samples)
         tables += [
@@ -246,7 +240,7 @@ _CALIBRATION: Mapping[str, tuple[str, float]] = {
 
 def _calibration_tables(rows: "pd.DataFrame") -> list[str]:
     """Calibration before and after temperature scaling, with the most labels."""
-    most = max(set(rows["samples_per_class"]), key=lambda n: n or np.inf)
+    most = _shots(rows)[-1]
     tables = []
     for method in (_PROMPT, _PROBE):
         own = rows[(rows["method"] == method) & (rows["samples_per_class"] == most)]
@@ -311,6 +305,11 @@ def _claim_tables(claims: "pd.DataFrame") -> list[str]:
     return tables
 
 
+def _shots(rows: "pd.DataFrame") -> list[int]:
+    """Numbers of labels per class, from the fewest on; 0 stands for all."""
+    return sorted(set(rows["samples_per_class"]), key=lambda n: n or np.inf)
+
+
 def _labels(samples: float) -> str:
     if not samples:
         return "all labels"
@@ -322,7 +321,7 @@ def _draw(comparison: Comparison, rows: "pd.DataFrame") -> None:
     label = f"{judged(comparison.config)} accuracy"
     kinds = rows["compression"].map(_kind)
     for kind in dict.fromkeys(kinds[kinds != ""]):
-        for samples in sorted(set(rows["samples_per_class"])):
+        for samples in _shots(rows):
             chosen = kinds.isin(["", kind]) & rows["method"].isin(_DRAWN)
             own = rows[chosen & (rows["samples_per_class"] == samples)]
             drawn = [
@@ -348,8 +347,7 @@ def _drawn_runs(comparison: Comparison, method: str, column: str) -> "pd.DataFra
     if column not in runs.columns:
         return runs.iloc[:0]
     own = runs[(runs["method"] == method) & runs[column].notna()]
-    most = max(own["samples_per_class"], key=lambda n: n or np.inf, default=0)
-    return own[own["samples_per_class"] == most]
+    return own[own["samples_per_class"].isin(_shots(own)[-1:])]
 
 
 def _draw_calibration(comparison: Comparison) -> None:

@@ -1,6 +1,5 @@
 """Comparisons of source networks on another task: ways made from flags, results."""
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from d2sparse.constraints import (
     Transferred,
     make_prompt,
     maps_of,
-    with_maps,
+    vote_counter,
 )
 from d2sparse.constraints.equal_costs import Known
 from d2sparse.data import Source
@@ -28,7 +27,7 @@ from d2sparse.models.pretrained import Pretrained
 from d2sparse.prompts.images import resized, with_channels
 from d2sparse.study import transfer_report
 from d2sparse.study.comparing import Experiment, compare
-from d2sparse.study.flags import as_axes
+from d2sparse.study.flags import as_axes, options_of
 from d2sparse.study.grid import Row
 from d2sparse.study.runner import End
 from d2sparse.study.sources import (
@@ -47,6 +46,7 @@ RELEASED_BATCH = 128  # That prompts were evaluated with by the published code.
 STARTS = ("compression", "source_seed")
 _PROMPTED = ("prompt", "prompt_size", "prompt_rate")
 _VOTES = ("votes", "solver")
+_CHOSEN = ("prompted_frequency", "prompted_iterative")  # Whose maps votes choose.
 _READS: Mapping[str, tuple[str, ...]] = {
     "prompted_random": _PROMPTED,
     "prompted_identity": _PROMPTED,
@@ -151,20 +151,20 @@ def transfer_results(end: End, workshop: Workshop) -> dict[str, Any]:
       accuracy, source_nll, source_ece, source_sparsity, source_bits and source_size.
     """
     flags: Any = end.plan.config
-    splits = end.splits
-    logits, held_out = _outputs(end, splits.judge), None
-    quality = _calibration(logits, splits.judge.labels)
+    judge, held_out = end.splits.judge, end.splits.monitor
+    logits = _outputs(end, judge)
+    quality = _calibration(logits, judge.labels)
     scaled = dict.fromkeys(("temperature", "nll_scaled", "ece_scaled"), np.nan)
-    if splits.monitor is not None:
-        held_out = _outputs(end, splits.monitor), splits.monitor.labels
-        scaled = _at_temperature(logits, splits.judge.labels, *held_out)
-    source = workshop.make(flags.compression, flags.source_seed)
+    if held_out is not None:
+        known = _outputs(end, held_out), held_out.labels
+        scaled = _at_temperature(logits, judge.labels, *known)
+    source, votes = workshop.make(flags.compression, flags.source_seed), _votes(end)
     return {
         **{name: float(value) for name, value in {**quality, **scaled}.items()},
-        "unvoted": _unvoted(end),
+        "unvoted": _unvoted(end, votes),
         **{f"source_{name}": value for name, value in source.facts.items()},
         "source_bits": source.compression.bits or FLOAT_BITS,
-        **(_picture(end, logits, scaled["temperature"]) if _is_first(end) else {}),
+        **(_picture(end, logits, scaled, votes) if _is_first(end) else {}),
     }
 
 
@@ -174,10 +174,12 @@ def _is_first(end: End) -> bool:
     return bool(end.seed == 0 and flags.source_seed == 0)
 
 
-def _picture(end: End, logits: jax.Array, temperature: Any) -> dict[str, Any]:
+def _picture(
+    end: End, logits: jax.Array, scaled: Mapping[str, Any], votes: jax.Array | None
+) -> dict[str, Any]:
     """What figures show of a run: reliability, and of a prompt its pixels and votes."""
     labels = end.splits.judge.labels
-    warmth = {"before": 1.0, "after": float(temperature)}
+    warmth = {"before": 1.0, "after": float(scaled["temperature"])}
     found: dict[str, Any] = {
         f"reliability_{name}": _as_lists(
             metrics.calibration(metrics.soften(logits, own), labels)
@@ -185,10 +187,9 @@ def _picture(end: End, logits: jax.Array, temperature: Any) -> dict[str, Any]:
         for name, own in warmth.items()
         if np.isfinite(own)
     }
-    if "prompt" in end.state.params:
-        votes, mapping = votes_of(end)
-        drawn = {"prompt": end.state.params["prompt"], "votes": votes, "map": mapping}
-        found |= _as_lists(drawn)
+    if votes is not None:
+        drawn = {"prompt": end.state.params["prompt"], "map": _map_of(end)}
+        found |= _as_lists({**drawn, "votes": votes})
     return found
 
 
@@ -219,33 +220,27 @@ def _at_temperature(
     }
 
 
-def votes_of(end: End) -> tuple[np.ndarray, np.ndarray]:
-    """What the training examples vote for at the end of a run, and the map.
-
-    Returns:
-      `float[S, K]` and `int[K]`, of a network whose classes are mapped.
-    """
+def _votes(end: End) -> jax.Array | None:
+    """What training examples vote for at the end, [S, K]; None where nobody asks."""
+    is_asked = end.plan.row.method in _CHOSEN or _is_first(end)
+    if "prompt" not in end.state.params or not is_asked:
+        return None
     flags: Any = end.plan.config
-    state = end.state
-    (mapping,) = maps_of(state.model_state)
-    plain = end._replace(
-        state=state._replace(model_state=with_maps(state.model_state, [None]))
-    )
-    votes = label_maps.votes(
-        _outputs(plain, end.splits.train),
-        end.splits.train.labels,
-        classes=mapping.shape[0],
-        soft=flags.votes == "soft",
-    )
-    return np.asarray(votes), np.asarray(mapping)
+    own, state, soft = end.program.training, end.state, flags.votes == "soft"
+    count = vote_counter(own.model.apply, own.inputs, len(_map_of(end)), soft)
+    (votes,) = count(state.params, state.model_state, end.splits.train, None)
+    return votes
 
 
-def _unvoted(end: End) -> float:
-    if end.plan.row.method not in ("prompted_frequency", "prompted_iterative"):
+def _map_of(end: End) -> jax.Array:
+    (mapping,) = maps_of(end.state.model_state)
+    return mapping
+
+
+def _unvoted(end: End, votes: jax.Array | None) -> float:
+    if votes is None or end.plan.row.method not in _CHOSEN:
         return np.nan
-    votes, mapping = votes_of(end)
-    chosen = votes[mapping, np.arange(len(mapping))]
-    return float(np.count_nonzero(chosen == 0))
+    return float(label_maps.unvoted(votes, _map_of(end)))
 
 
 def _from_flags(
@@ -257,15 +252,11 @@ def _from_flags(
 
         def on_target(training: Training) -> Training:
             source = workshop.make(flags.compression, flags.source_seed)
-            options = {
-                field.name: getattr(flags, field.name)
-                for field in dataclasses.fields(TransferOptions)
-            }
             given = Transferred(
                 source.network,
                 classes,
                 training.horizon,
-                TransferOptions(**options),
+                options_of(TransferOptions, flags),
                 source.compression.bits,
             )
             return constrain(training, *method.constraints(given))

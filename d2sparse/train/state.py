@@ -1,7 +1,7 @@
 """What a run is: its state, and the data that it sees."""
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +147,29 @@ def inputs(data: Data) -> jax.Array:
     if jnp.issubdtype(data.images.dtype, jnp.floating):
         return data.images
     return standardize(data.images, data.mean, data.std)
+
+
+def as_pixels(data: Data) -> Data:
+    """The examples with images that come out in [0, 1] instead of standardised.
+
+    >>> split = Split(np.full((1, 2, 2, 1), 255, np.uint8), np.zeros(1, np.int32))
+    >>> inputs(as_pixels(to_device(split))).max().item()
+    1.0
+    """
+    mean, std = jnp.zeros_like(data.mean), jnp.ones_like(data.std)
+    return data._replace(mean=mean, std=std)
+
+
+def images_like(shape: tuple[int, ...]) -> Data:
+    """An abstract example whose image has a shape, as a network sees it.
+
+    >>> images_like((8, 8, 3)).images.shape
+    (1, 8, 8, 3)
+    """
+    images: Any = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    labels: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
+    number: Any = jax.ShapeDtypeStruct((), jnp.float32)
+    return Data(images, labels, number, number)
 
 
 def init_state(
