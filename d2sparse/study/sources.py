@@ -82,6 +82,7 @@ COMPRESSIONS: Mapping[str, Compression] = {
     "imp80_ptq8": Compression("imp", 0.8, 8, 8),
     "imp80_ptq4": Compression("imp", 0.8, 4, 4),
 }
+# Type checkers ask for literals that are written out; the names stand in the table.
 CompressionName = Literal[*COMPRESSIONS]  # type: ignore[valid-type]
 
 
