@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from d2sparse.models.pretrained import Pretrained
 from d2sparse.models.quantised import in_order, post_training
 from d2sparse.records.files import read_text, write_json
 from d2sparse.schedules import refresh_interval, refresh_stop
-from d2sparse.study.flags import aside
+from d2sparse.study.flags import PrunableName, aside
 from d2sparse.study.judging import zeros
 from d2sparse.study.trainings import make_prunable
 from d2sparse.train import Constraint, Data, Network, Program, Recipe, Training
@@ -53,7 +53,7 @@ class Compression(NamedTuple):
 
     Attributes:
       pruning: "one_shot", "imp", "rigl", or "" for none.
-      sparsity: fraction of zeros among the kernels but the first and the last.
+      sparsity: fraction of zeros among what may be pruned.
       bits: of kernels; 0 for floats. The first and the last have 8.
       activation_bits: of the inputs of layers; 0 for floats.
       aware: whether it was trained with its bits, or rounded after training.
@@ -107,6 +107,8 @@ class SourceFlags:
     further_rate: float = 0.03  # learning rate from there on
     source_shift: int = 1  # augmentation, as --shift
     source_rounds: int = 5  # of iterative magnitude pruning
+    # What of it is pruned; body is all kernels but those of the first layer and the head.
+    source_prunable: PrunableName = "kernels"
     # Directory where source networks are kept, each under what it is made from.
     sources: str = aside("runs/sources")
 
@@ -117,6 +119,7 @@ class SourceFlags:
           ValueError: naming the flag.
         """
         check_choice("compression", self.compression, COMPRESSIONS)
+        check_choice("source_prunable", self.source_prunable, get_args(PrunableName))
         check_least(self, _LEAST)
         if self.source != OWN and self.compression.startswith("rigl"):
             raise ValueError(
@@ -313,9 +316,9 @@ class Workshop:
         return rigl(own.sparsity, Moves(interval, growth_samples=256))
 
     def _described(self, network: Pretrained) -> Network:
-        """A network whose kernels but the first and the last may be pruned."""
-        plain = Network(network.params, {})
-        return plain._replace(prunable=make_prunable("body", plain, network.shape))
+        """A network of which what the flags name may be pruned."""
+        plain, name = Network(network.params, {}), self.flags.source_prunable
+        return plain._replace(prunable=make_prunable(name, plain, network.shape))
 
     def _rounded(self, network: Pretrained, own: Compression) -> Pretrained:
         """A network of few bits, with scales of inputs from training images."""

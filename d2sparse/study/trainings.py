@@ -91,8 +91,7 @@ def make_prunable(
         kernels = {path: leaf for path, leaf in kernels.items() if path not in ends}
     if not kernels:
         raise ValueError(
-            f"expected a network with prunable {name}, got one without; choose "
-            "--prunable=kernels"
+            f"expected a network with prunable {name}, got one without; choose kernels"
         )
     return lambda path, leaf: path in kernels
 
