@@ -107,7 +107,7 @@ class SourceFlags:
     further_rate: float = 0.03  # learning rate from there on
     source_shift: int = 1  # augmentation, as --shift
     source_rounds: int = 5  # of iterative magnitude pruning
-    # What of it is pruned; body is all kernels but those of the first layer and the head.
+    # What of it is pruned; body is all kernels but the first layer's and the head's.
     source_prunable: PrunableName = "kernels"
     # Directory where source networks are kept, each under what it is made from.
     sources: str = aside("runs/sources")
