@@ -2,10 +2,10 @@
 
 Times a refresh of the masks in passes over the weights and beside sorting them, the
 optimiser step with and without `sparsify`, `fit` beside a loop written by hand, whole
-training steps, compilation, and many small runs at once; compares the estimate of
-memory with what is used; and holds the figures against targets. All candidates of a
-table are timed in turns in one process. The whole takes about ten minutes on two cores,
-where nothing has been compiled before.
+training steps, compilation, many small runs at once, and steps that put a network on
+another task; compares the estimate of memory with what is used; and holds the figures
+against targets. All candidates of a table are timed in turns in one process. The whole
+takes about ten minutes on two cores, where nothing has been compiled before.
 
     python -m experiments.benchmark --out=docs/benchmark.md
     python -m experiments.benchmark --quick --sections=refresh,step
@@ -23,6 +23,7 @@ from typing import Literal
 
 from d2sparse import disk, distributions
 from experiments.benchmark.memory import memory_table
+from experiments.benchmark.prompting import prompts_table
 from experiments.benchmark.refresh import refresh_table
 from experiments.benchmark.small import small_table
 from experiments.benchmark.steps import compile_table, step_table
@@ -31,7 +32,9 @@ from experiments.benchmark.targets import targets_table
 from experiments.benchmark.training import seeds_table, training_table
 from experiments.benchmark.workload import Sizes, machine, make_sizes, param_shapes
 
-Section = Literal["refresh", "step", "small", "training", "compile", "seeds", "memory"]
+Section = Literal[
+    "refresh", "step", "small", "training", "compile", "seeds", "memory", "prompts"
+]
 SECTIONS: Mapping[Section, Callable[[Sizes], Table]] = {
     "refresh": refresh_table,
     "step": step_table,
@@ -40,6 +43,7 @@ SECTIONS: Mapping[Section, Callable[[Sizes], Table]] = {
     "compile": compile_table,
     "seeds": seeds_table,
     "memory": memory_table,
+    "prompts": prompts_table,
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from d2sparse import constraints, models, train
 from d2sparse.constraints import Moves
-from d2sparse.train import Data, Program, Training, TrainState
+from d2sparse.train import Data, Program, Recipe, Training, TrainState
 from experiments.benchmark.measure import Candidate, stateful, time_in_turns
 from experiments.benchmark.tables import Table
 from experiments.benchmark.workload import CLASSES, Sizes, random_data
@@ -28,8 +28,12 @@ def endless(model: str, data: Data, batch_size: int) -> Training:
       ValueError: the model is unknown.
     """
     network = models.make_model(model, num_classes=CLASSES)
-    recipe = train.Recipe(ENDLESS, batch_size, schedule="constant", weight_decay=0.0)
-    return train.plain(network, data, recipe)
+    return train.plain(network, data, at_constant_rate(batch_size))
+
+
+def at_constant_rate(batch_size: int) -> Recipe:
+    """Sgd with momentum, as long as one likes."""
+    return Recipe(ENDLESS, batch_size, schedule="constant", weight_decay=0.0)
 
 
 def under_rigl(training: Training, sparsity: float, interval: int = 1) -> Training:

@@ -43,6 +43,8 @@ class Sizes(NamedTuple):
       member_steps: steps of every small network in one timing.
       small_steps: steps of the small network that is trained with `fit`.
       small_samples: its training images.
+      shown: the network that is put on another task, and the side of its images.
+      shown_batch: images in a step of it.
     """
 
     models: tuple[str, ...]
@@ -60,6 +62,8 @@ class Sizes(NamedTuple):
     member_steps: int
     small_steps: int
     small_samples: int
+    shown: tuple[str, int]
+    shown_batch: int
 
 
 def make_sizes(
@@ -87,8 +91,10 @@ def make_sizes(
     small = ("resnet8", "lenet_300_100") if accelerated else ("convnet_s",)
     images = IMAGES if accelerated and not quick else {}
     rounds = rounds or (3 if quick else 9)
+    large = accelerated and not quick
+    networks = models or (("resnet8",) if quick else ("resnet18", "resnet50"))
     return Sizes(
-        models=models or (("resnet8",) if quick else ("resnet18", "resnet50")),
+        models=networks,
         image=TINY if quick else (32, 32, 3),
         sparsity=sparsity,
         rounds=rounds,
@@ -103,6 +109,8 @@ def make_sizes(
         member_steps=2 if quick else 25 if accelerated else 10,
         small_steps=40 if quick else 500,
         small_samples=64 if quick else 1500,
+        shown=("resnet50", 224) if large else (networks[0], 8 if quick else 32),
+        shown_batch=8 if quick else 128 if accelerated else 32,
     )
 
 
