@@ -116,6 +116,17 @@ def test_fixed_masks_that_do_not_fit_are_refused(given):
         rules.fixed(given).init({"w": jnp.ones(2)}, KEY)
 
 
+def test_what_is_not_zero_at_the_start_stays_live():
+    kernel = np.array([[0.0, -1.0], [2.0, 0.0]], np.float32)
+    params = {"kernel": kernel, "bias": np.zeros(2, np.float32)}
+    rule = rules.nonzero()
+    begin = jax.jit(rule.init)(params, KEY)
+    assert_same(begin, {"kernel": kernel != 0, "bias": np.ones(2, bool)})
+    assert rule.update(begin, params, params, 3, KEY) is begin
+    biases = rules.nonzero(lambda path, leaf: path == "bias").init(params, KEY)
+    assert_same(biases, {"kernel": np.ones((2, 2), bool), "bias": np.zeros(2, bool)})
+
+
 # Random patterns.
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from d2sparse import data, losses, prompts, train, tree
+from d2sparse import data, losses, models, prompts, train, tree
 from d2sparse.constraints import (
     METHODS,
     STREAM_METHODS,
@@ -21,6 +21,7 @@ from d2sparse.constraints import (
     frozen,
     label_mapped,
     make_prompt,
+    maps_of,
     probed,
     prompted,
     quantised,
@@ -236,6 +237,38 @@ def test_fine_tuning_moves_all_but_the_zeros():
     assert jax.tree.all(moved)
 
 
+def test_trained_scales_are_under_the_masks_of_fine_tuning():
+    scaled = quantised(4, scale="lsq"), quantised(4, 4, inputs="learned")
+    for coarse in scaled:
+        program = make_program(constrain(plain(), *TUNED, coarse))
+        begun = jax.eval_shape(program.init, jax.random.key(0), target())
+        scales = [p for p in tree.flatten(begun.state.params) if p.endswith("_scale")]
+        assert len(scales) == 3
+
+
+def test_a_label_map_finds_the_classes_of_the_source():
+    """A source that knows the digits, behind a thin prompt; target labels are mixed."""
+    digits = data.load("digits").train
+    pixels = digits.images / 255 - 0.5
+    means = np.stack([pixels[digits.labels == k].mean(0).ravel() for k in range(10)])
+    model = models.from_linen(models.mlp.MLP((), 10))
+    # The nearest mean is a linear classifier.
+    head = {"kernel": 2 * means.T, "bias": -np.sum(means**2, axis=1)}
+    head = jax.tree.map(np.float32, head)
+    nearest = Pretrained(model, {"head": head}, {}, 0.5, 1.0, (8, 8, 1))
+    mixed = np.random.default_rng(0).permutation(10)
+    few = data.select(digits, np.arange(200))
+    split = train.to_device(few._replace(labels=mixed[few.labels].astype(np.int32)))
+    shown = prompted(prompts.frame((8, 8), 1, channels=1, mean=0.5, std=1.0))
+    mapped = label_mapped(10, "iterative", 2)
+    whole = started_from(nearest), shown, frozen(["prompt"]), mapped
+    recipe = Recipe(steps=4, batch_size=50, optimizer="adamw")
+    program = make_program(constrain(train.plain(model, split, recipe), *whole))
+    end = fit(program, program.init(jax.random.key(0), split), split)
+    (found,) = maps_of(end.state.model_state)
+    np.testing.assert_array_equal(found[mixed], np.arange(10))
+
+
 def test_zeros_may_grow_again_under_masks_of_another():
     tuned = (started_from(source()), sees(source()), fine_tuned(K, keeps_zeros=False))
     moves = rigl(0.5, Moves(interval=2, growth_samples=0))
@@ -320,6 +353,9 @@ def test_what_goes_before_a_network_takes_its_place_is_refused():
     ):
         with pytest.raises(ValueError, match=r"started_from before .*; put it first"):
             constrain(plain(), *before, started_from(source()))
+    calibrated = quantised(4, 4, inputs="calibrated")
+    with pytest.raises(ValueError, match="new last layer before quantised looks"):
+        constrain(plain(), started_from(source()), calibrated, with_head(K))
     with pytest.raises(ValueError, match="quantised before what freezes"):
         constrain(plain(), *PROBED, quantised(4))
 

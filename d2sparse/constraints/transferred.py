@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from d2sparse import lottery, rules, tree
+from d2sparse import rules, tree
 from d2sparse.checks import check_whole
 from d2sparse.constraints.masked import under_masks
 from d2sparse.constraints.quantised import CALIBRATED
-from d2sparse.masks import dense_masks
 from d2sparse.models import Model
 from d2sparse.models.pretrained import Pretrained, into
 from d2sparse.models.taps import read
@@ -26,7 +25,6 @@ from d2sparse.train import (
     Data,
     Masks,
     Network,
-    Settings,
     Training,
     TrainState,
     as_pixels,
@@ -251,19 +249,8 @@ def fine_tuned(
         training = replaced(training)
         if not keeps_zeros:
             return training
-        dense = dense_masks(training.network.params)
-        masked = under_masks(training, "fine_tuned", lambda s: rules.fixed(dense))
         prunable = training.network.prunable
-
-        def init(
-            outer: Training, key: jax.Array, data: Data, settings: Settings
-        ) -> TrainState:
-            state = masked.init(outer, key, data, settings)
-            kernels = tree.prunable_leaves(state.params, prunable)
-            live = {path: leaf != 0 for path, leaf in kernels.items()}
-            return lottery.rewind(state, tree.replace(dense, live))
-
-        return masked._replace(init=init)
+        return under_masks(training, "fine_tuned", lambda s: rules.nonzero(prunable))
 
     return constrained
 
@@ -279,11 +266,18 @@ def with_head(classes: int, head: str = HEAD) -> Constraint:
       head: path of the last layer.
 
     Raises:
-      ValueError: no class, or, when applied, no such dense layer.
+      ValueError: no class, or, when applied, no such dense layer, or inputs of layers
+        that are calibrated already.
     """
     check_whole("classes", classes, least=1)
 
     def constrained(training: Training) -> Training:
+        if training.claims.get("the precision") == CALIBRATED:
+            raise ValueError(
+                "expected a new last layer before quantised looks at the inputs of "
+                "layers, got it after; put quantised after it, or start from a network "
+                "that d2sparse.models.quantised.post_training has rounded"
+            )
         claimed = claim(training, "the last layer", "with_head")
         model, network = training.model, training.network
         old = _leaves_of(head, network.params)

@@ -5,7 +5,7 @@ into Optax by `sparsify` or `freeze`. Each function here is one row of the produ
 scores x distribution x selection x schedule x what happens at a refresh, with the name
 its paper gave it.
 
-    keep      fixed, static
+    keep      fixed, nonzero, static
     prune     one_shot, gradual, movement; a pruned weight never comes back
     choose    largest, ac_dc: of all weights anew, live or not
     move      prune_and_grow, set_, rigl, sparse_momentum, granet
@@ -20,7 +20,7 @@ plain function it notes NaN in the weights and gradients alone.
 
 from d2sparse.rules.base import MaskRule, Noting, begin, refresh
 from d2sparse.rules.growing import granet, prune_and_grow, rigl, set_, sparse_momentum
-from d2sparse.rules.keeping import fixed, static
+from d2sparse.rules.keeping import fixed, nonzero, static
 from d2sparse.rules.pruning import ac_dc, gradual, largest, movement, one_shot
 from d2sparse.rules.stacks import per_layer
 
@@ -34,6 +34,7 @@ __all__ = [
     "granet",
     "largest",
     "movement",
+    "nonzero",
     "one_shot",
     "per_layer",
     "prune_and_grow",

@@ -33,6 +33,30 @@ def fixed(masks: PyTree) -> MaskRule:
     return MaskRule(init, _keep)
 
 
+def nonzero(prunable: Prunable = is_kernel) -> MaskRule:
+    """The weights that are not 0 at the start, for the whole run.
+
+    What fine-tunes a network that came with zeros keeps them with it.
+
+    Args:
+      prunable: predicate on (path, leaf) of the weights whose zeros stay.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"kernel": jnp.array([0.0, 2.0]), "bias": jnp.zeros(2)}
+    >>> masks = nonzero().init(params, jax.random.key(0))
+    >>> masks["kernel"].tolist(), masks["bias"].tolist()
+    ([False, True], [True, True])
+    """
+
+    def init(params: PyTree, key: jax.Array) -> PyTree:
+        del key
+        kernels = tree.prunable_leaves(params, prunable)
+        live = {path: leaf != 0 for path, leaf in kernels.items()}
+        return tree.replace(dense_masks(params), live)
+
+    return MaskRule(init, _keep)
+
+
 def static(
     sparsity: Sparsity,
     distribution: Distribution | None = None,
