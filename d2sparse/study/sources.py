@@ -70,6 +70,7 @@ COMPRESSIONS: Mapping[str, Compression] = {
     "dense": Compression(),
     "one_shot80": Compression("one_shot", 0.8),
     "one_shot95": Compression("one_shot", 0.95),
+    "imp50": Compression("imp", 0.5),
     "imp80": Compression("imp", 0.8),
     "imp95": Compression("imp", 0.95),
     "rigl80": Compression("rigl", 0.8),
@@ -79,6 +80,7 @@ COMPRESSIONS: Mapping[str, Compression] = {
     "ptq3": Compression("", 0.0, 3, 3),
     "qat4": Compression("", 0.0, 4, 4, aware=True),
     "qat3": Compression("", 0.0, 3, 3, aware=True),
+    "imp50_ptq8": Compression("imp", 0.5, 8, 8),
     "imp80_ptq8": Compression("imp", 0.8, 8, 8),
     "imp80_ptq4": Compression("imp", 0.8, 4, 4),
 }
