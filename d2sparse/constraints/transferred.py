@@ -36,11 +36,6 @@ from d2sparse.train import (
 from d2sparse.tree import PyTree
 
 HEAD = "head"  # The last layer, in the networks of `d2sparse.models`.
-# Who stands around a network, and is gone where another network takes its place.
-_AROUND = {
-    *("quantised", CALIBRATED, "prompted", "with_head", "label_mapped"),
-    *("frozen", "coupled"),
-}
 
 
 class Frozen(NamedTuple):
@@ -67,8 +62,7 @@ def started_from(network: Pretrained) -> Constraint:
 
     Raises:
       ValueError: the parameters are not those of the model; the first that differs is
-        named, with what is nearest to it. When applied, behind what stands around the
-        network, such as a prompt.
+        named, with what is nearest to it. When applied, behind another constraint.
 
     >>> from d2sparse import data, models, train
     >>> model = models.lenet_300_100(num_classes=4)
@@ -93,13 +87,13 @@ def started_from(network: Pretrained) -> Constraint:
         return jax.tree.map(jnp.copy, (checked["params"], checked["state"]))
 
     def constrained(training: Training) -> Training:
-        for who in training.claims.values():
-            if who in _AROUND:
-                raise ValueError(
-                    f"expected started_from before {who}, which it would undo, got it "
-                    "after; put it first"
-                )
         claimed = claim(training, "where runs start", "started_from")
+        if training.claims:
+            who, *_ = training.claims.values()
+            raise ValueError(
+                f"expected started_from before {who}, which may hold on to the network "
+                "that it replaces, got it after; put it first"
+            )
         model = Model(init, network.model.apply)
         return _seeing(claimed, model, network.shape)
 
