@@ -150,6 +150,11 @@ def test_every_way_and_network_has_a_row_and_a_verdict(study):
     assert len(runs) == 2 * 3 * 2
     sparse = runs[runs["compression"] == "one_shot80"]
     np.testing.assert_allclose(sparse["source_sparsity"], 0.8, atol=0.01)
+    dense = runs[runs["compression"] == "dense"]
+    # Of all kernels, whose live weights are what has a size.
+    np.testing.assert_allclose(
+        sparse["source_size"], 0.2 * dense["source_size"], rtol=0.01
+    )
     assert set(runs[runs["compression"] == "ptq4"]["source_bits"]) == {4}
     assert runs["temperature"].between(0.01, 100).all()
     summary = json.loads((place / "run" / "summary.json").read_text())
@@ -252,6 +257,9 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(
 def test_compressions_that_are_none_are_refused(name):
     with pytest.raises(ValueError, match=f"expected compression of .* got '{name}'"):
         dataclasses.replace(TINY, axes={}, compression=name)
-    for changes in ({"source_rounds": 0}, {"further_steps": 0}, {"source_seed": -1}):
+    for changes in (
+        *({"source_rounds": 0}, {"further_steps": 0}, {"source_seed": -1}),
+        {"source_prunable": "heads"},
+    ):
         with pytest.raises(ValueError, match=next(iter(changes))):
             dataclasses.replace(TINY, axes={}, **changes)
