@@ -19,6 +19,7 @@ from d2sparse.meshes import common_zero, on_auto_axes
 
 _TRIED = 7  # Thresholds of a pass.
 _FULL = 2**32 - 1  # Above all keys.
+_MANY = 2**31 - 1  # More than ever compete.
 
 _Range = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -162,13 +163,16 @@ def _kth(
         least, most, reached = state
         width = most - least
         step = width // (_TRIED + 1) + 1
-        tried = [least + jnp.minimum(step * i, width) for i in range(1, _TRIED + 1)]
-        counts = count(jnp.stack(tried, axis=1))
-        for i, threshold in enumerate(tried):
-            enough = (counts[:, i] >= k) & (reached != k)
-            least = jnp.where(enough, threshold, least)
-            reached = jnp.where(enough, counts[:, i], reached)
-            most = jnp.where(counts[:, i] < k, jnp.minimum(most, threshold - 1), most)
+        parts = np.arange(1, _TRIED + 1, dtype=np.uint32)[None]
+        tried = least[:, None] + jnp.minimum(step[:, None] * parts, width[:, None])
+        counts = count(tried)
+        # The higher a threshold, the fewer reach it.
+        enough = counts >= k[:, None]
+        fewest = jnp.min(jnp.where(enough, counts, _MANY), axis=1)
+        reached = jnp.where(enough[:, 0], fewest, reached)
+        below = jnp.where(enough, most[:, None], tried - 1)  # May wrap below 0.
+        most = jnp.minimum(most, jnp.min(below, axis=1))
+        least = jnp.max(jnp.where(enough, tried, least[:, None]), axis=1)
         return least, most, reached
 
     unknown = 0 * k - 1
