@@ -193,6 +193,7 @@ def per_output(
     }
 
 
+@jax.jit
 def _largest_of_each(score: jax.Array, count: Any) -> jax.Array:
     columns = score.reshape(-1, score.shape[-1])
     eligible = jnp.sum(columns > -jnp.inf, axis=0)
