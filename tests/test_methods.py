@@ -121,10 +121,7 @@ VARIANTS = {
     "d2_distilled": ("d2_averaged_distilled", {}),
 }
 # Rows made of constraints, rules and scores that are trained in other rows or files.
-COMPOSED = (
-    *("set", "random", "rigl_averaged", "dense_ensemble", "uncoupled_pair"),
-    "d2_consolidated",
-)
+COMPOSED = ("set", "d2_consolidated")
 TRAINED = tuple(name for name in ZOO if name not in (*VARIANTS, *COMPOSED))
 
 
@@ -214,7 +211,7 @@ def random_weights(progress):
     """The progress with other weights, biases included."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), progress.state.params
+        lambda x: rng.normal(size=x.shape).astype(x.dtype), progress.state.params
     )
     return progress._replace(state=progress.state._replace(params=params))
 
@@ -235,16 +232,17 @@ def live(plan, state):
 
 def saved_ticket(directory, model=ONE_LAYER):
     """A ticket of a network in which every other weight is live."""
-    params, state = model.init(jax.random.key(5), train.inputs(examples()))
+    x = train.inputs(examples())
+    params, state = jax.device_get(jax.jit(model.init)(jax.random.key(5), x))
     masks = tree.map_with_path(
         lambda path, leaf: (
-            (jnp.arange(leaf.size).reshape(leaf.shape) % 2 == 0)
+            (np.arange(leaf.size).reshape(leaf.shape) % 2 == 0)
             if path.endswith("kernel")
-            else jnp.ones(leaf.shape, bool)
+            else np.ones(leaf.shape, bool)
         ),
         params,
     )
-    ticket = Ticket(jax.tree.map(jnp.multiply, params, masks), state, masks)
+    ticket = Ticket(jax.tree.map(np.multiply, params, masks), state, masks)
     study.save_ticket(directory, ticket)
     return ticket
 
@@ -650,7 +648,8 @@ def test_skipped_updates_do_not_hide_a_network_that_has_diverged(tmp_path):
         progress=False,
     )
     layers = models.from_linen(MLP((4, 4), 10))
-    study.compare(config, study.Experiment("prune"), model=layers)
+    with runs.blank_figures():
+        study.compare(config, study.Experiment("prune"), model=layers)
     failed = read(tmp_path / "run" / "summary.json")["failed"]
     assert list(failed) == [
         *("dense-learning_rate1e+38-seed0", "wanda-learning_rate1e+38-seed0"),
