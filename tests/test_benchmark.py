@@ -19,6 +19,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from d2sparse import constraints, distributions, masks, models, rules, train, tree
+from d2sparse.models.mlp import MLP
 from d2sparse.study import cli
 from d2sparse.train.program import make_step
 from d2sparse.transforms import get_masks
@@ -70,15 +71,22 @@ def configure(values):
     return before
 
 
+def one_hidden_layer(name, num_classes):
+    assert name in models.__all__
+    return models.from_linen(MLP((300,), num_classes))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The tables of a run of all sections, and the file they were written to.
 
     It is that of an accelerator, whose programs repeat their work, with rules that keep
-    their masks, which compile in a moment.
+    their masks and a network of one hidden layer, which compile in a moment.
     """
     out = tmp_path_factory.mktemp("out") / "tables.md"
     with pytest.MonkeyPatch.context() as patch:
+        for module in (models, workload):
+            patch.setattr(module, "make_model", one_hidden_layer)
         patch.setattr(jax, "default_backend", lambda: "gpu")
         patch.setattr(memory, "LARGE", (training.DENSE,))
         patch.setattr(refresh, "RULES", dict.fromkeys(TIMED, rules.static))
