@@ -91,10 +91,10 @@ def step(tx, params, state, grads):
 
 class NNXNet(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
-        self.conv = nnx.Conv(2, 8, (3, 3), rngs=rngs)
+        self.conv = nnx.Conv(2, 8, (3, 3), use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(8, rngs=rngs)
         self.dropout = nnx.Dropout(0.2, rngs=rngs)
-        self.head = nnx.Linear(8, 5, rngs=rngs)
+        self.head = nnx.Linear(8, 5, use_bias=False, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         features = jnp.tanh(self.norm(self.conv(images))).mean(axis=(1, 2))
@@ -224,8 +224,7 @@ def test_equinox_convolutions_keep_their_biases_by_a_predicate():
 
 
 HAIKU = {
-    "linear_1": {"w": (6, 12), "b": (12,)},
-    "conv/~/x": {"w": (3, 3, 12, 4)},
+    "conv/~/x": {"w": (3, 3, 6, 4)},
     "conv/~/head": {"w": (36, 5), "b": (5,)},
 }
 
@@ -242,7 +241,6 @@ def test_haiku_parameters():
     assert list(tree.shapes(normals(9, HAIKU))) == [
         "conv/~/head/w",
         "conv/~/x/w",
-        "linear_1/w",
     ]
 
 
@@ -282,22 +280,27 @@ def test_growth_where_most_bfloat16_gradients_are_equal():
 LAYERS = {"body": {"kernel": (12, 10), "bias": (10,)}, "head": {"kernel": (10, 5)}}
 
 
-def gradients(seed):
-    return normals(seed + 1, LAYERS)
+BODY = LAYERS["body"]
+
+
+def gradients(seed, shapes=LAYERS):
+    return normals(seed + 1, shapes)
 
 
 def test_multi_steps_refreshes_by_real_updates_and_from_the_mean_gradient():
     outer = optax.MultiSteps(SPARSE, 2).gradient_transformation()
-    params, state = start(outer, normals(0, LAYERS))
-    alone, alone_state = start(SPARSE, normals(0, LAYERS))
+    params, state = start(outer, normals(0, BODY))
+    alone, alone_state = start(SPARSE, normals(0, BODY))
     first = get_masks(state)
     for update in range(STEPS):
-        halves = gradients(2 * update), gradients(2 * update + 1)
+        halves = gradients(2 * update, BODY), gradients(2 * update + 1, BODY)
         # Between two real updates nothing moves, neither weights nor masks.
         waiting, state = step(outer, params, state, halves[0])
         assert_same((waiting, get_masks(state)), (params, get_masks(alone_state)))
         params, state = step(outer, params, state, halves[1])
-        mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+        mean = jax.tree.map(
+            lambda a, b: (np.asarray(a) + b) / 2, *jax.device_get(halves)
+        )
         alone, alone_state = step(SPARSE, alone, alone_state, mean)
         assert_same(get_masks(state), get_masks(alone_state))
         jax.tree.map(
@@ -312,12 +315,12 @@ def test_optax_masked_leaves_the_rest_to_another_optimiser():
     tx = optax.chain(
         optax.masked(SPARSE, in_body), optax.masked(optax.sgd(0.5), in_head)
     )
-    network = {"body": LAYERS, "head": {"kernel": (5, 3)}}
-    params, state = start(tx, normals(0, network))
-    body, alone = start(SPARSE, normals(0, network)["body"])
+    params, state = start(tx, normals(0, LAYERS))
+    body, alone = start(SPARSE, normals(0, LAYERS)["body"])
     for seed in range(STEPS):
-        grads = normals(seed + 1, network)
-        head = params["head"]["kernel"] - 0.5 * grads["head"]["kernel"]
+        grads = normals(seed + 1, LAYERS)
+        head, slope = params["head"]["kernel"], grads["head"]["kernel"]
+        head = np.asarray(head) - np.float32(0.5) * np.asarray(slope)
         params, state = step(tx, params, state, grads)
         body, alone = step(SPARSE, body, alone, grads["body"])
         live = get_masks(state)
@@ -350,12 +353,12 @@ def test_hyperparameters_of_inner_optimiser_and_rule_are_injected():
     # A rate of 0 in the last step: the weights stay, the masks are those of before.
     rate = optax.piecewise_constant_schedule(1e-2, {STEPS - 1: 0.0})
     injected = make(learning_rate=rate, sparsity=0.8)
-    params, state = start(injected, normals(0, LAYERS))
-    alone, alone_state = start(SPARSE, normals(0, LAYERS))
+    params, state = start(injected, normals(0, BODY))
+    alone, alone_state = start(SPARSE, normals(0, BODY))
     for seed in range(STEPS):
         last, alone_last = params, alone
-        params, state = step(injected, params, state, gradients(seed))
-        alone, alone_state = step(SPARSE, alone, alone_state, gradients(seed))
+        params, state = step(injected, params, state, gradients(seed, BODY))
+        alone, alone_state = step(SPARSE, alone, alone_state, gradients(seed, BODY))
         assert_same(get_masks(state), get_masks(alone_state))
         assert_sparse(params, get_masks(state))
     assert_same(params, last)
@@ -431,14 +434,24 @@ def test_states_are_saved_and_restored_by_the_tools_that_users_have(tool, tmp_pa
 
 def test_states_go_through_the_arithmetic_of_optax():
     _, _, state = trained_state()
-    zeros = optax.tree.zeros_like(state)
-    assert_same(optax.tree.add(state, zeros), state)
+
+    @jax.jit
+    def arithmetic(state):
+        zeros, doubled = optax.tree.zeros_like(state), optax.tree.scale(2, state)
+        moments = state.inner.inner_states["sparse"].inner_state.inner
+        return (
+            *(zeros, optax.tree.add(state, zeros), get_average(doubled)),
+            optax.tree.scale(2, get_average(state)),
+            get_masks(optax.tree.cast(state, jnp.float32)),
+            optax.tree.norm(moments),
+        )
+
+    zeros, same, of_doubled, doubled, live, norm = arithmetic(state)
+    assert_same(same, state)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(zeros))
-    doubled = optax.tree.scale(2, state)
-    assert_same(get_average(doubled), optax.tree.scale(2, get_average(state)))
-    assert_same(get_masks(optax.tree.cast(state, jnp.float32)), get_masks(state))
-    moments = state.inner.inner_states["sparse"].inner_state.inner
-    assert optax.tree.norm(moments) > 0
+    assert_same(of_doubled, doubled)
+    assert_same(live, get_masks(state))
+    assert norm > 0
 
 
 def make_branches(rate=0.1):
@@ -492,15 +505,15 @@ def flat_like(prefix, full):
 
 
 def test_states_are_cast_and_sharded_by_the_tools_of_optax():
-    tx, params = d2sparse.average_weights(SPARSE), normals(0, LAYERS)
-    state = jax.jit(tx.init)(params)
+    tx, params = d2sparse.average_weights(SPARSE), normals(0, BODY)
+    grads, state = gradients(0, BODY), jax.jit(tx.init)(params)
 
     def cast(leaf):
         return leaf if leaf.dtype == bool else leaf.astype(jnp.bfloat16)
 
     half = optax.tree.map_params(tx, cast, state)
-    assert half.inner.inner[0].mu["head"]["kernel"].dtype == jnp.bfloat16
-    step(tx, params, half, gradients(0))
+    assert half.inner.inner[0].mu["kernel"].dtype == jnp.bfloat16
+    step(tx, params, half, grads)
 
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
     over = jax.tree.map(lambda w: NamedSharding(mesh, P("x")), params)
@@ -514,22 +527,19 @@ def test_states_are_cast_and_sharded_by_the_tools_of_optax():
     assert_same(placed, state)
     for kept in (get_masks(placed), placed.inner.inner[0].nu, placed.average):
         assert all(len(leaf.sharding.device_set) == 2 for leaf in jax.tree.leaves(kept))
-    expected = step(tx, params, state, gradients(0))
-    assert_same(
-        get_masks(step(tx, params, placed, gradients(0))[1]), get_masks(expected[1])
-    )
+    expected = step(tx, params, state, grads)
+    assert_same(get_masks(step(tx, params, placed, grads)[1]), get_masks(expected[1]))
 
 
 # Many devices.
 
 
 def test_sharded_parameters_train_as_unsharded_ones_and_no_score_is_gathered():
-    shapes = {"a": (64, 24), "b": (24, 16), "bias": (16,), "replicated": (10, 6)}
+    shapes = {"a": (32, 8), "b": (8, 6), "bias": (16,)}
     over = {
         "a": P("data", "model"),
         "b": P(None, "model"),
         "bias": P("model"),
-        "replicated": P(),
     }
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     put = {path: NamedSharding(mesh, spec) for path, spec in over.items()}

@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy import stats
 
 from d2sparse.plots.style import BLUE, STYLE
 
@@ -35,6 +34,8 @@ def average_ranks(scores: Sequence[Sequence[float]]) -> np.ndarray:
             "expected finite scores of shape (comparisons, methods), got shape "
             f"{values.shape}; leave comparisons out that a method lacks"
         )
+    from scipy import stats  # Takes a second, and only ranks need it.
+
     return stats.rankdata(-values, axis=1).mean(axis=0)
 
 
@@ -60,6 +61,8 @@ def critical_difference(methods: int, comparisons: int, alpha: float = 0.05) -> 
             "expected at least 2 methods, 1 comparison and alpha in (0, 1), got "
             f"methods={methods}, comparisons={comparisons}, alpha={alpha}"
         )
+    from scipy import stats
+
     quantile = stats.studentized_range.ppf(1 - alpha, methods, np.inf) / np.sqrt(2)
     return float(quantile * np.sqrt(methods * (methods + 1) / (6 * comparisons)))
 
