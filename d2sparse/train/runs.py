@@ -23,7 +23,7 @@ def stack_runs(runs: Sequence[Any]) -> Any:
     Raises:
       ValueError: states stand at different steps.
     """
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
+    stacked = _stack(tuple(runs))
     if not isinstance(stacked, TrainState):
         return stacked
     steps = {int(run.step) for run in runs}
@@ -37,12 +37,19 @@ def stack_runs(runs: Sequence[Any]) -> Any:
 
 def unstack_runs(state: TrainState) -> list[TrainState]:
     """The states of the single runs, as copies."""
+    return [_pick(state, number) for number in range(len(state.key))]
 
-    def pick(number: int) -> TrainState:
-        own = jax.tree.map(lambda leaf: leaf[number], state[1:])
-        return TrainState(jnp.copy(state.step), *own)
 
-    return [pick(number) for number in range(len(state.key))]
+# Each one program, instead of one for every shape of a leaf.
+@jax.jit
+def _stack(runs: tuple[Any, ...]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
+
+
+@jax.jit
+def _pick(state: TrainState, number: int) -> TrainState:
+    own = jax.tree.map(lambda leaf: leaf[number], state[1:])
+    return TrainState(jnp.copy(state.step), *own)
 
 
 def is_stacked(state: TrainState) -> bool:
