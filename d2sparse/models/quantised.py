@@ -177,7 +177,8 @@ def with_dynamic_scales(apply: Callable[..., Any], bits: Bits) -> Callable[..., 
     >>> x = jnp.ones((2, 8, 8, 1))
     >>> params, state = model.init(jax.random.key(0), x)
     >>> coarse = with_dynamic_scales(model.apply, {"head/*": 8, "*": 4})
-    >>> coarse(params, state, x, train=False)[0].shape
+    >>> compiled = jax.jit(coarse, static_argnames="train")
+    >>> compiled(params, state, x, train=False)[0].shape
     (2, 3)
     """
     replace(apply)
@@ -234,7 +235,7 @@ def unsigned(statistics: Mapping[str, Statistics]) -> frozenset[str]:
     Args:
       statistics: from `calibrate`, on the host.
 
-    >>> unsigned({"a": observe(jnp.array([0.0, 1.0])), "b": observe(-jnp.ones(1))})
+    >>> unsigned({"a": observe(jnp.arange(4.0)), "b": observe(-jnp.ones(4))})
     frozenset({'a'})
     """
     return frozenset(n for n, own in statistics.items() if float(own.smallest) >= 0)
@@ -258,7 +259,7 @@ def scales_of(
     Raises:
       ValueError: fewer or more bits, or a pattern that matches none.
 
-    >>> found = {"head": observe(jnp.array([0.0, 1.5]))}
+    >>> found = {"head": observe(jnp.array([0.0, 1.5, 1.0, 0.5]))}
     >>> float(scales_of(found, bits=4, scale=calibration.absmax)["head"]).__round__(6)
     0.1
     """

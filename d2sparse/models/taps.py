@@ -115,7 +115,7 @@ def offset(apply: Callable[..., Any]) -> Callable[..., Any]:
     >>> def loss(offsets):
     ...     logits, _ = offset(model.apply)(offsets, params, state, x, train=False)
     ...     return jnp.sum(logits)
-    >>> gradients = jax.grad(loss)(jax.tree.map(jnp.zeros_like, taps))
+    >>> gradients = jax.jit(jax.grad(loss))(jax.tree.map(jnp.zeros_like, taps))
     >>> gradients["head"].output.tolist(), gradients["head"].input.shape
     ([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], (2, 100))
     """

@@ -48,7 +48,7 @@ def observe(x: jax.Array) -> Statistics:
     Args:
       x: float[...].
 
-    >>> found = observe(jnp.array([1.0, -2.0, 0.0]))
+    >>> found = observe(jnp.array([1.0, -2.0, 0.0, 1.5]))
     >>> float(found.largest), float(found.smallest), float(found.zeros)
     (2.0, -2.0, 1.0)
     """
@@ -70,9 +70,9 @@ def observe(x: jax.Array) -> Statistics:
 def merge(one: Statistics, other: Statistics) -> Statistics:
     """The statistics of two arrays together.
 
-    >>> both = merge(observe(jnp.array([1.0])), observe(jnp.array([-2.0, 0.0])))
+    >>> both = merge(observe(jnp.ones(4)), observe(jnp.array([-2.0, 0.0, 1.0, 1.0])))
     >>> float(both.total), float(both.largest)
-    (3.0, 2.0)
+    (8.0, 2.0)
     """
     return Statistics(
         one.counts + other.counts,
@@ -96,7 +96,7 @@ def absmax(
     Raises:
       ValueError: fewer or more bits.
 
-    >>> float(absmax(observe(jnp.array([1.0, 7.5])), bits=4, signed=False))
+    >>> float(absmax(observe(jnp.array([1.0, 7.5, 0.0, 0.5])), bits=4, signed=False))
     0.5
     """
     return statistics.largest / code_range(bits, signed)[1]
@@ -187,7 +187,7 @@ def lsq(
     Raises:
       ValueError: fewer or more bits.
 
-    >>> float(lsq(observe(jnp.array([1.0, -3.0])), bits=2))
+    >>> float(lsq(observe(jnp.array([1.0, -3.0, 1.0, -3.0])), bits=2))
     4.0
     """
     count = statistics.zeros + jnp.sum(statistics.counts)
