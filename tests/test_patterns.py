@@ -12,7 +12,7 @@ from d2sparse import masks
 from d2sparse.distributions import erk, global_, uniform
 from d2sparse.masks import blocks, channels, n_of_m
 
-SHAPES = {"conv": (3, 3, 4, 8), "dense": (8, 12), "head": (12, 4)}
+SHAPES = {"conv": (3, 3, 4, 8), "head": (12, 4)}
 SPARSITIES = np.float32([0.0, 0.3, 0.5, 0.8, 0.97])
 DISTRIBUTIONS = [uniform, erk, global_]
 LOWEST = np.finfo(np.float32).min  # What rules make of NaN.
