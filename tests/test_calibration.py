@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sklearn.calibration
 from scipy import optimize, special, stats
 
 from d2sparse import metrics
@@ -171,6 +170,8 @@ def test_bins_of_equal_width_add_up_over_batches():
     ("scheme", "named"), [("width", "uniform"), ("mass", "quantile")]
 )
 def test_bins_are_those_of_scikit_learn(scheme, named):
+    from sklearn.calibration import calibration_curve  # It takes seconds to import.
+
     # Scikit-learn bins the probability of class 1. Of a network that always predicts
     # it, that is the confidence; its bins hold their lower edges, ours the upper.
     rng = np.random.default_rng(0)
@@ -179,9 +180,7 @@ def test_bins_are_those_of_scikit_learn(scheme, named):
     p = np.stack([1 - confidence, confidence], axis=1)
     sums = bins_of(p, labels, bins=10, scheme=scheme)
     full = sums["count"] > 0
-    fractions, means = sklearn.calibration.calibration_curve(
-        labels, confidence, n_bins=10, strategy=named
-    )
+    fractions, means = calibration_curve(labels, confidence, n_bins=10, strategy=named)
     np.testing.assert_allclose((sums["correct"] / sums["count"])[full], fractions, 1e-5)
     np.testing.assert_allclose((sums["confidence"] / sums["count"])[full], means, 1e-5)
 
