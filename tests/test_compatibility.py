@@ -535,11 +535,12 @@ def test_states_are_cast_and_sharded_by_the_tools_of_optax():
 
 
 def test_sharded_parameters_train_as_unsharded_ones_and_no_score_is_gathered():
-    shapes = {"a": (32, 8), "b": (8, 6), "bias": (16,)}
+    shapes = {"a": (32, 8), "b": (8, 6), "bias": (16,), "replicated": (10, 6)}
     over = {
         "a": P("data", "model"),
         "b": P(None, "model"),
         "bias": P("model"),
+        "replicated": P(),
     }
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     put = {path: NamedSharding(mesh, spec) for path, spec in over.items()}

@@ -723,7 +723,7 @@ def test_pruning_takes_a_whole_number_of_iterations():
 
 # What is not what was asked.
 
-WIDE = {"a": (8, 16), "head": (8, 8)}
+WIDE = {"a": (8, 16), "b": (16, 8), "head": (8, 4)}
 GROUPS = {
     "n_of_m": masks.n_of_m(4),
     "blocks": masks.blocks((4, 4)),
