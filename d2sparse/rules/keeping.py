@@ -42,10 +42,10 @@ def nonzero(prunable: Prunable = is_kernel) -> MaskRule:
       prunable: predicate on (path, leaf) of the weights whose zeros stay.
 
     >>> import jax.numpy as jnp
-    >>> params = {"kernel": jnp.array([0.0, 2.0]), "bias": jnp.zeros(2)}
+    >>> params = {"kernel": jnp.array([[0.0, 2.0]]), "bias": jnp.zeros(2)}
     >>> masks = nonzero().init(params, jax.random.key(0))
     >>> masks["kernel"].tolist(), masks["bias"].tolist()
-    ([False, True], [True, True])
+    ([[False, True]], [True, True])
     """
 
     def init(params: PyTree, key: jax.Array) -> PyTree:
