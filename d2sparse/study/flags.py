@@ -240,10 +240,11 @@ def refuse(config: Any, reasons: Mapping[str, str]) -> None:
       ValueError: naming the first that is given, or an axis, and why it has none.
     """
     values = {**given(config), **config.axes}
-    for name in values.keys() & reasons.keys():
-        raise ValueError(
-            f"expected no --{name}, since {reasons[name]}, got {values[name]}"
-        )
+    for name, reason in reasons.items():
+        if name in values:
+            raise ValueError(
+                f"expected no --{name}, since {reason}, got {values[name]}"
+            )
 
 
 def as_axes(config: ConfigT, names: Iterable[str]) -> ConfigT:

@@ -53,7 +53,8 @@ class Config:
 
     sections: tuple[Section, ...] = tuple(SECTIONS)  # which tables are made
     # Networks whose parameters are pruned, in every section but "seeds"; the first is
-    # trained as well. If not given, resnet18 and resnet50, or resnet8 with --quick.
+    # trained as well. An accelerator has resnet50 in "prompts". If not given, resnet18
+    # and resnet50, or resnet8 with --quick.
     models: tuple[str, ...] = ()
     # Small networks that are trained with many seeds. If not given, convnet_s, and on
     # an accelerator resnet8 and lenet_300_100.
