@@ -502,6 +502,7 @@ while status != 0:
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_good_checkpoints(tmp_path):
     done = python(KILLED, tmp_path, 7)
     assert done.returncode == 0, done.stderr

@@ -229,6 +229,7 @@ HAIKU = {
 }
 
 
+@pytest.mark.slow
 def test_haiku_parameters():
     def run():
         params, state = start(SPARSE, normals(9, HAIKU))
@@ -532,6 +533,7 @@ def test_states_are_cast_and_sharded_by_the_tools_of_optax():
 # Many devices.
 
 
+@pytest.mark.slow
 def test_sharded_parameters_train_as_unsharded_ones_and_no_score_is_gathered():
     shapes = {"a": (32, 8), "b": (8, 6), "bias": (16,), "replicated": (10, 6)}
     over = {

@@ -22,6 +22,10 @@ class ThisInterpreter(KernelSpecManager):
         return KernelSpec(argv=[sys.executable, *module], language="python")
 
 
+# A comparison of a user's own arrays is tested with those of test_study.
+SLOW = ("a_comparison_on_your_arrays",)
+
+
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
 def notebook(request):
     return nbformat.read(request.param, as_version=4)
@@ -43,7 +47,15 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-def test_a_notebook_runs_without_an_error(notebook, monkeypatch):
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in SLOW))
+        for p in NOTEBOOKS
+    ],
+)
+def test_a_notebook_runs_without_an_error(path, monkeypatch):
+    notebook = nbformat.read(path, as_version=4)
     # The tests draw to nowhere, a notebook into itself.
     monkeypatch.delenv("MPLBACKEND", raising=False)
     stored = outputs(notebook)

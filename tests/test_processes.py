@@ -44,7 +44,9 @@ def start(count, *command):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = "--xla_backend_optimization_level=0"
+    # Those of the tests, without fake devices.
+    given = os.environ["XLA_FLAGS"].split()
+    flags = " ".join(flag for flag in given if "device_count" not in flag)
     own = {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": "", "PYTHONPATH": "."}
     places = [f"127.0.0.1:{port},{count},{index}" for index in range(count)]
     *words, last = command

@@ -91,6 +91,7 @@ def test_masks_come_first_and_zeros_stay():
     assert size == 4 * round(0.2 * training.network.weights)
 
 
+@pytest.mark.slow
 def test_pairs_are_of_networks_of_few_bits():
     learners = Learners(interval=15, growth_samples=64, rule="set")
     _, state, accuracy = learned(quantised(4, 8), paired(0.8, learners))

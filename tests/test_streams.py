@@ -321,6 +321,7 @@ def test_a_run_resumes_to_the_bit_between_phases_and_inside(name):
         assert same(again, end)
 
 
+@pytest.mark.slow
 def test_two_seeds_at_once_are_each_alone():
     made, seeds = program("app"), (0, 1)
     both = [begin(made, seed) for seed in seeds]

@@ -260,6 +260,7 @@ def test_a_directory_of_another_comparison_is_refused(finished):
     assert (workdir / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_runs_of_one_program_are_those_alone(finished, tmp_path):
     _, _, runs = finished
     config = dataclasses.replace(

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from runs import blank_figures, quick_compilation
 
 from d2sparse import data, records, train
 from d2sparse.study.transfer_report import decide, units_of
@@ -27,6 +28,12 @@ TINY = Config(
     workers=1,
     progress=False,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_compilation(), blank_figures():
+        yield
 
 
 def frame(accuracies, method="probed", samples=1, ece=0.1):
