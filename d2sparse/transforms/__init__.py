@@ -3,7 +3,8 @@
 `sparsify` lifts a mask rule into an `optax.GradientTransformation`, and `freeze` does
 so for weights that hold their value instead of being zero. The masks live in the
 optimiser's state; nothing else in a training loop changes. `average_weights` keeps the
-average of the weights beside them.
+average of the weights beside them. `sensitivity_decay` decays the weights that the loss
+or the outputs are insensitive to.
 """
 
 from d2sparse.transforms.averaging import (
@@ -11,6 +12,7 @@ from d2sparse.transforms.averaging import (
     average_weights,
     get_average,
 )
+from d2sparse.transforms.decays import DecayState, sensitivity_decay
 from d2sparse.transforms.moments import reset_moments
 from d2sparse.transforms.states import (
     FreezeState,
@@ -28,6 +30,7 @@ from d2sparse.transforms.wrappers import freeze, sparsify
 
 __all__ = [
     "AverageState",
+    "DecayState",
     "FreezeState",
     "SparsifyState",
     "average_weights",
@@ -39,6 +42,7 @@ __all__ = [
     "mask_states",
     "refreshes_are_sound",
     "reset_moments",
+    "sensitivity_decay",
     "set_masks",
     "sparse_states",
     "sparsify",
