@@ -27,6 +27,7 @@ from d2sparse.regularizers.groups import (
     group_soft_threshold,
     neurons,
     scale_groups,
+    soft_factors,
 )
 from d2sparse.regularizers.spectral import nuclear_norm, singular_value_threshold
 from d2sparse.regularizers.weights import (
@@ -52,5 +53,6 @@ __all__ = [
     "scale_groups",
     "shrink",
     "singular_value_threshold",
+    "soft_factors",
     "soft_threshold",
 ]

@@ -199,11 +199,13 @@ def group_soft_threshold(
 def soft_factors(sizes: jax.Array, threshold: float | jax.Array) -> jax.Array:
     """`max(0, 1 - threshold / size)`: 0 where the size is no more than the threshold.
 
+    Of NaN it is NaN.
+
     >>> soft_factors(jnp.array([0.0, 1.0, 4.0]), 1.0).tolist()
     [0.0, 0.0, 0.75]
     """
-    stays = sizes > threshold
-    return jnp.where(stays, 1 - threshold / jnp.where(stays, sizes, 1), 0)
+    falls = sizes <= threshold
+    return jnp.where(falls, 0, 1 - threshold / jnp.where(falls, 1, sizes))
 
 
 def scale_groups(

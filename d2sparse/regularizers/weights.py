@@ -80,7 +80,8 @@ def soft_threshold(
     """
 
     def of_leaf(w: jax.Array) -> jax.Array:
-        return jnp.where(jnp.abs(w) > strength, w - jnp.sign(w) * strength, 0)
+        # NaN is neither: it stays, and is noticed.
+        return jnp.where(jnp.abs(w) <= strength, 0, w - jnp.sign(w) * strength)
 
     return change_leaves(of_leaf, params, prunable)
 

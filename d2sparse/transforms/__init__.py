@@ -4,7 +4,8 @@
 so for weights that hold their value instead of being zero. The masks live in the
 optimiser's state; nothing else in a training loop changes. `average_weights` keeps the
 average of the weights beside them. `sensitivity_decay` decays the weights that the loss
-or the outputs are insensitive to.
+or the outputs are insensitive to; `proximal` and `group_budget` make weights and groups
+of them exactly 0, without masks.
 """
 
 from d2sparse.transforms.averaging import (
@@ -14,6 +15,7 @@ from d2sparse.transforms.averaging import (
 )
 from d2sparse.transforms.decays import DecayState, sensitivity_decay
 from d2sparse.transforms.moments import reset_moments
+from d2sparse.transforms.proximal import ProximalState, group_budget, proximal
 from d2sparse.transforms.states import (
     FreezeState,
     SparsifyState,
@@ -32,6 +34,7 @@ __all__ = [
     "AverageState",
     "DecayState",
     "FreezeState",
+    "ProximalState",
     "SparsifyState",
     "average_weights",
     "check_refreshes",
@@ -39,7 +42,9 @@ __all__ = [
     "freeze",
     "get_average",
     "get_masks",
+    "group_budget",
     "mask_states",
+    "proximal",
     "refreshes_are_sound",
     "reset_moments",
     "sensitivity_decay",
