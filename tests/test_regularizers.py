@@ -302,6 +302,17 @@ def test_half_precision_is_penalised_in_float32_and_stays_what_it_is():
         assert jax.tree.map(jax.typeof, found) == jax.tree.map(jax.typeof, half)
 
 
+def test_types_are_those_of_the_weights_also_where_64_bits_are_on():
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda w: w.astype(np.float64), PARAMS)
+        for params, dtype in [(PARAMS, np.float32), (wide, np.float64)]:
+            for penalty, _ in PENALTIES.values():
+                assert jax.eval_shape(penalty, params).dtype == dtype
+            for prox, _ in PROXIMAL.values():
+                for leaf in jax.tree.leaves(jax.eval_shape(prox, params, 0.1)):
+                    assert leaf.dtype == dtype
+
+
 # Refused
 
 

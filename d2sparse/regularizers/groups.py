@@ -94,7 +94,7 @@ def group_norms(params: PyTree, groups: Groups) -> dict[str, jax.Array]:
 
     def norms(name: str) -> jax.Array:
         each = (squares(p, a, counts[name]) for p, a in groups[name].items())
-        total = sum(each, start=jnp.zeros(counts[name]))
+        total = sum(each, start=jnp.zeros(counts[name], jnp.float32))
         # The root of 0 has an infinite derivative, also where it is not chosen.
         safe = jnp.sqrt(jnp.where(total > 0, total, 1))
         return jnp.where(total > 0, safe, 0)
@@ -128,7 +128,7 @@ def group_lasso(
     groups = neurons(params, prunable) if groups is None else groups
     sizes, norms = group_sizes(params, groups), group_norms(params, groups)
     each = (math.sqrt(sizes[name]) * jnp.sum(norms[name]) for name in groups)
-    return sum(each, start=jnp.zeros(()))
+    return sum(each, start=jnp.zeros((), jnp.float32))
 
 
 def group_hoyer_square(
@@ -156,7 +156,7 @@ def group_hoyer_square(
     """
     groups = neurons(params, prunable) if groups is None else groups
     each = (ratio_of_norms(norms) for norms in group_norms(params, groups).values())
-    return sum(each, start=jnp.zeros(()))
+    return sum(each, start=jnp.zeros((), jnp.float32))
 
 
 def group_soft_threshold(

@@ -38,7 +38,9 @@ def nuclear_norm(params: PyTree, prunable: Prunable = tree.is_kernel) -> jax.Arr
         return jnp.sum(jnp.where(values > limit, values, 0))
 
     leaves = tree.prunable_leaves(params, prunable)
-    return sum((of_leaf(p, w) for p, w in leaves.items()), start=jnp.zeros(()))
+    return sum(
+        (of_leaf(p, w) for p, w in leaves.items()), start=jnp.zeros((), jnp.float32)
+    )
 
 
 def singular_value_threshold(

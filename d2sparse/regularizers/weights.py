@@ -141,4 +141,4 @@ def _total(
 ) -> jax.Array:
     """The sum over chosen leaves, in float32 at least."""
     leaves = tree.prunable_leaves(params, prunable).values()
-    return sum((penalty(widen(w)) for w in leaves), start=jnp.zeros(()))
+    return sum((penalty(widen(w)) for w in leaves), start=jnp.zeros((), jnp.float32))
