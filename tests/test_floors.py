@@ -25,6 +25,7 @@ FLOORS = {
     "packing": 2,
     "quantisation": 2,
     "losses": 2,
+    "regularizers": 2,
     "metrics": 2,
     "macs": 2,
     "transforms": 3,

@@ -3,7 +3,9 @@
 `sparsify` lifts a mask rule into an `optax.GradientTransformation`, and `freeze` does
 so for weights that hold their value instead of being zero. The masks live in the
 optimiser's state; nothing else in a training loop changes. `average_weights` keeps the
-average of the weights beside them.
+average of the weights beside them. `sensitivity_decay` decays the weights that the loss
+or the outputs are insensitive to; `proximal` and `group_budget` make weights and groups
+of them exactly 0, without masks.
 """
 
 from d2sparse.transforms.averaging import (
@@ -11,7 +13,9 @@ from d2sparse.transforms.averaging import (
     average_weights,
     get_average,
 )
+from d2sparse.transforms.decays import DecayState, sensitivity_decay
 from d2sparse.transforms.moments import reset_moments
+from d2sparse.transforms.proximal import ProximalState, group_budget, proximal
 from d2sparse.transforms.states import (
     FreezeState,
     SparsifyState,
@@ -28,7 +32,9 @@ from d2sparse.transforms.wrappers import freeze, sparsify
 
 __all__ = [
     "AverageState",
+    "DecayState",
     "FreezeState",
+    "ProximalState",
     "SparsifyState",
     "average_weights",
     "check_refreshes",
@@ -36,9 +42,12 @@ __all__ = [
     "freeze",
     "get_average",
     "get_masks",
+    "group_budget",
     "mask_states",
+    "proximal",
     "refreshes_are_sound",
     "reset_moments",
+    "sensitivity_decay",
     "set_masks",
     "sparse_states",
     "sparsify",
