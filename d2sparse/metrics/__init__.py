@@ -10,6 +10,13 @@ float32. Other sums are of float32, whatever the type of the predictions, and ad
 in blocks: over tens of millions of examples they are right to about 1e-6 of themselves.
 """
 
+from d2sparse.metrics.entropies import (
+    gaussian_layer_entropy,
+    gaussian_off_probability,
+    layer_entropy,
+    psp_entropy,
+    unit_entropies,
+)
 from d2sparse.metrics.masks import (
     chance_overlap,
     density_table,
@@ -28,26 +35,39 @@ from d2sparse.metrics.predictions import (
 )
 from d2sparse.metrics.reliability import calibration, ece, released_ece, signed_gap
 from d2sparse.metrics.resampling import bootstrap
+from d2sparse.metrics.states import (
+    StateCounts,
+    count_states,
+    count_states_by_class,
+)
 from d2sparse.metrics.temperature import fit_temperature, soften
 
 __all__ = [
+    "StateCounts",
     "accuracy",
     "bootstrap",
     "brier",
     "calibration",
     "chance_overlap",
     "confidence_split",
+    "count_states",
+    "count_states_by_class",
     "density_table",
     "disagreement",
     "ece",
     "exploration_rate",
     "fit_temperature",
+    "gaussian_layer_entropy",
+    "gaussian_off_probability",
     "generalisation_gap",
     "kl_to_uniform",
+    "layer_entropy",
     "mask_overlap",
     "nll",
+    "psp_entropy",
     "released_ece",
     "signed_gap",
     "soften",
     "union",
+    "unit_entropies",
 ]
