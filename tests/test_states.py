@@ -1,4 +1,4 @@
-"""Entropies of ON/OFF states against loops over units, in NumPy."""
+"""Entropies of ON/OFF states, and budgets, against loops over units, in NumPy."""
 
 import math
 
@@ -253,3 +253,101 @@ def test_other_classes_and_conventions_are_refused():
         metrics.count_states_by_class(None, z, np.zeros(4, int), 0)
     with pytest.raises(ValueError, match="expected zero of off, on, ignored, got 'no'"):
         metrics.unit_entropies({}, zero="no")
+
+
+# Budgets by layer.
+
+LAYERS = ("conv1", "conv2", "dense1", "head")
+
+
+def layers(seed, entropies):
+    """Kernels with a third of zeros, and their entropies."""
+    rng = np.random.default_rng(seed)
+    kernels = {
+        layer: np.float32(rng.normal(size=(4, 3 + i)) * (rng.random((4, 3 + i)) > 0.3))
+        for i, layer in enumerate(LAYERS)
+    }
+    return dict(zip(LAYERS, entropies, strict=True)), kernels
+
+
+def shares_one_by_one(entropies, kernels, fraction, protect=()):
+    """The shares before rounding, written out layer by layer."""
+    live = {layer: int((kernels[layer] != 0).sum()) for layer in LAYERS}
+    left = {layer for layer in LAYERS if entropies[layer] > 0}
+    rest = round(fraction * sum(live[layer] for layer in left))
+    own = {
+        layer: entropies[layer] * np.abs(np.float64(kernels[layer])).sum() / live[layer]
+        for layer in left
+    }
+    shares = dict.fromkeys(LAYERS, 0.0)
+    while left:
+        relevance = {a: sum(own[b] for b in left) / own[a] for a in left}
+        total = sum(math.exp(relevance[a]) for a in left)
+        share = {a: rest * math.exp(relevance[a]) / total for a in left}
+        most = {a: live[a] - (a in protect) for a in left}
+        full = {a for a in left if share[a] > most[a]}
+        shares |= {a: most[a] if a in full else share[a] for a in left}
+        left, rest = left - full, rest - sum(most[a] for a in full)
+        if not full:
+            break
+    return shares
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("protect", [(), ("conv2", "head")])
+@pytest.mark.parametrize("bits", [(0.7, 0.8, 0.9, 0.6), (0.9, 0.2, 0.0, 1.0)])
+def test_budgets_are_shares_of_a_softmax_and_sum_to_the_total(fraction, protect, bits):
+    for seed in range(10):
+        entropies, kernels = layers(seed, bits)
+        counts = metrics.layer_budget(entropies, kernels, fraction, protect=protect)
+        live = {layer: int((kernels[layer] != 0).sum()) for layer in LAYERS}
+        within = [layer for layer in LAYERS if entropies[layer] > 0]
+        may_go = sum(live[layer] - (layer in protect) for layer in within)
+        total = min(round(fraction * sum(live[layer] for layer in within)), may_go)
+        assert sum(counts.values()) == total
+        shares = shares_one_by_one(entropies, kernels, fraction, protect)
+        for layer in LAYERS:
+            assert type(counts[layer]) is int
+            assert counts[layer] <= live[layer] - (layer in protect)
+            if total < may_go:
+                assert abs(counts[layer] - shares[layer]) < 1
+        assert counts["dense1"] == 0 or bits[2] > 0
+
+
+def test_the_layer_of_least_entropy_is_emptied_first():
+    entropies, kernels = layers(0, (0.9, 0.1, 0.9, 0.9))
+    live = {layer: int((kernel != 0).sum()) for layer, kernel in kernels.items()}
+    fraction = (live["conv2"] - 1) / sum(live.values())
+    counts = metrics.layer_budget(entropies, kernels, fraction)
+    assert counts == dict.fromkeys(LAYERS, 0) | {"conv2": live["conv2"] - 1}
+
+
+def test_where_all_layers_are_linear_no_weight_goes():
+    entropies, kernels = layers(0, (0.0,) * 4)
+    counts = metrics.layer_budget(entropies, kernels, 0.5)
+    assert counts == dict.fromkeys(LAYERS, 0)
+    kernels["conv1"][:] = 0  # Empty, whatever its entropy is said to be.
+    counts = metrics.layer_budget(entropies | {"conv1": 0.5}, kernels, 0.5)
+    assert counts == dict.fromkeys(LAYERS, 0)
+
+
+@pytest.mark.parametrize(
+    ("bits", "options", "message"),
+    [
+        ((0.1, 0.2, 0.3, math.nan), {}, r"at least 0, got {'head': nan}; NaN tells"),
+        ((0.1, 0.2, 0.3, -0.1), {}, r"at least 0, got {'head': -0.1}"),
+        (
+            (0.1,) * 4,
+            {"protect": ["tail"]},
+            r"no kernel for \[\] and \['tail'\] to",
+        ),
+        ((0.1,) * 4, {"protect": "head"}, "and 'head' to protect; name layers"),
+        ((0.1,) * 4, {"fraction": 1.5}, r"number in \[0, 1\] as `fraction`, got 1.5"),
+    ],
+)
+def test_budgets_of_what_is_unknown_are_refused(bits, options, message):
+    entropies, kernels = layers(0, bits)
+    with pytest.raises(ValueError, match=message):
+        metrics.layer_budget(entropies, kernels, **{"fraction": 0.5} | options)
+    with pytest.raises(ValueError, match=r"no kernel for .*'conv1'"):
+        metrics.layer_budget(entropies, {}, 0.5)

@@ -1,4 +1,4 @@
-"""What is measured: predictions on a whole set, and masks over time.
+"""What is measured: predictions on a whole set, masks over time, states of units.
 
 Everything about predictions takes the whole set at once. Means of batches averaged
 again weigh a ragged last batch wrongly, and the calibration error of batches averaged
@@ -10,6 +10,7 @@ float32. Other sums are of float32, whatever the type of the predictions, and ad
 in blocks: over tens of millions of examples they are right to about 1e-6 of themselves.
 """
 
+from d2sparse.metrics.budgets import layer_budget
 from d2sparse.metrics.entropies import (
     gaussian_layer_entropy,
     gaussian_off_probability,
@@ -61,6 +62,7 @@ __all__ = [
     "gaussian_off_probability",
     "generalisation_gap",
     "kl_to_uniform",
+    "layer_budget",
     "layer_entropy",
     "mask_overlap",
     "nll",
