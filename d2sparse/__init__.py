@@ -5,7 +5,7 @@ The public names by floor; a room imports only from lower ones.
 Floor 1, pure functions over trees: `masks`, `scores`, `distributions`, `schedules`; of
 a network's inputs and outputs, `prompts` and `label_maps`.
 Floor 2, rules and terms: `rules`, `reparam`, `quantisation`, `packing`, `losses`,
-`metrics`, `macs`.
+`regularizers`, `metrics`, `macs`.
 Floor 3, `transforms` (Optax), and the packages `models` and `data`.
 Floors 4 to 6, training and experiments: `train`, `dual`, `lottery`, `checkpoint`,
 `records`, `plots`.
@@ -116,7 +116,7 @@ _LATER = frozenset(
     {
         *("anytime", "checkpoint", "checks", "data", "distributions", "dual"),
         *("label_maps", "lottery", "models", "plots", "prompts", "quantisation"),
-        *("records", "rules"),
+        *("records", "regularizers", "rules"),
         *("schedules", "train", "transforms", "tree"),
     }
 )

@@ -24,6 +24,7 @@ FLOORS = {
     "reparam": 2,
     "packing": 2,
     "quantisation": 2,
+    "regularizers": 2,
     "losses": 2,
     "metrics": 2,
     "macs": 2,
