@@ -11,6 +11,7 @@ in blocks: over tens of millions of examples they are right to about 1e-6 of the
 """
 
 from d2sparse.metrics.budgets import layer_budget
+from d2sparse.metrics.curvature import TopEigenvalue, top_hessian_eigenvalue
 from d2sparse.metrics.entropies import (
     gaussian_layer_entropy,
     gaussian_off_probability,
@@ -45,6 +46,7 @@ from d2sparse.metrics.temperature import fit_temperature, soften
 
 __all__ = [
     "StateCounts",
+    "TopEigenvalue",
     "accuracy",
     "bootstrap",
     "brier",
@@ -70,6 +72,7 @@ __all__ = [
     "released_ece",
     "signed_gap",
     "soften",
+    "top_hessian_eigenvalue",
     "union",
     "unit_entropies",
 ]
