@@ -175,7 +175,7 @@ def test_a_residual_branch_is_driven_to_nothing():
         return jax.lax.scan(step, kernel, keys)[0]
 
     before, after = (np.linalg.norm(x @ np.asarray(k)) for k in (kernel, train(kernel)))
-    assert after < 0.1 * before
+    assert after < 0.25 * before
 
 
 @pytest.mark.parametrize(

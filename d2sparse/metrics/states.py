@@ -47,7 +47,8 @@ def count_states(
     Args:
       counts: of the batches before; None for the first.
       preactivations: by layer, what enters its rectifiers, `float[batch, ...,
-        channels]`, with the statistics of normalisations as in evaluation.
+        channels]`, with the statistics of normalisations as in evaluation;
+        `models.taps.read` of a network gives the inputs of its rectifiers.
       pool: what is one unit: a "channel" with all its positions, or every position of
         every channel, "unit".
       where: `bool[batch]`, the examples that count; all if not given. A last batch that
