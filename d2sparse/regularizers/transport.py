@@ -92,18 +92,15 @@ def sliced_wasserstein(
     check_choice("reduce", reduce, ("max", "mean"))
     _check_batches(x, y, directions)
 
-    def project(batch: jax.Array) -> jax.Array:
-        rows = batch.reshape(len(batch), -1)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    x, y = (jnp.reshape(batch, (len(batch), -1)).astype(wide) for batch in (x, y))
+
+    def project(rows: jax.Array) -> jax.Array:
         # Small differences of large numbers: not in the 16 bits of accelerators.
-        return jnp.matmul(
-            rows,
-            directions.T,
-            precision="highest",
-            preferred_element_type=jnp.promote_types(rows.dtype, jnp.float32),
-        )
+        return jnp.matmul(rows, directions.T, precision="highest")
 
     if paired:
-        difference = project(x) - project(y)
+        difference = project(x - y)
     else:
         difference = jnp.sort(project(x), axis=0) - jnp.sort(project(y), axis=0)
     squares = jnp.mean(difference**2, axis=0)
