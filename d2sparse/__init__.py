@@ -7,8 +7,8 @@ a network's inputs and outputs, `prompts` and `label_maps`.
 Floor 2, rules and terms: `rules`, `reparam`, `quantisation`, `packing`, `losses`,
 `regularizers`, `metrics`, `macs`.
 Floor 3, `transforms` (Optax), and the packages `models` and `data`.
-Floors 4 to 6, training and experiments: `train`, `dual`, `lottery`, `checkpoint`,
-`records`, `plots`.
+Floors 4 to 6, training and experiments: `train`, `surgery`, `dual`, `lottery`,
+`checkpoint`, `records`, `plots`.
 
 The rooms of floors 3 to 6 that need more than jax, optax and numpy are imported when
 they are first asked for, `d2sparse.dual` or `from d2sparse import dual`; without their
@@ -117,7 +117,7 @@ _LATER = frozenset(
         *("anytime", "checkpoint", "checks", "data", "distributions", "dual"),
         *("label_maps", "lottery", "models", "plots", "prompts", "quantisation"),
         *("records", "regularizers", "rules"),
-        *("schedules", "train", "transforms", "tree"),
+        *("schedules", "surgery", "train", "transforms", "tree"),
     }
 )
 

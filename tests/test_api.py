@@ -28,7 +28,7 @@ GROUND = [
     "losses",
 ]
 GROUND += ["checks", "metrics", "macs", "transforms", "reparam", "packing"]
-GROUND += ["quantisation", "regularizers"]
+GROUND += ["quantisation", "regularizers", "surgery"]
 MODULES = [m.name for m in pkgutil.walk_packages(d2sparse.__path__, "d2sparse.")]
 NEVER_ON_IMPORT = {
     *("flax", "matplotlib", "orbax", "sklearn", "tabulate", "tensorboardX"),

@@ -31,6 +31,7 @@ FLOORS = {
     "transforms": 3,
     "models": 3,
     "data": 3,
+    "surgery": 4,
     "train": 4,
     "anytime": 5,
     "dual": 5,

@@ -1,4 +1,4 @@
-"""Penalties on weights, groups of weights and kernels, and their proximal operators.
+"""Penalties on weights, groups, kernels and features, and their proximal operators.
 
 A penalty is a function of the parameters, `penalty(params) -> float[]`, to be added to
 a loss times a strength. Its gradient is finite everywhere, also at groups of zeros,
@@ -16,6 +16,8 @@ which `transforms.proximal` applies after the update of any Optax optimiser.
 | `hoyer_square`, `group_hoyer_square` | none in closed form | weights, groups |
 | `group_lasso` | `group_soft_threshold` | neurons, channels |
 | `nuclear_norm` | `singular_value_threshold` | singular values |
+
+`layer_collapse` is a penalty on features: how far blocks move what enters them.
 """
 
 from d2sparse.regularizers.groups import (
@@ -30,6 +32,11 @@ from d2sparse.regularizers.groups import (
     soft_factors,
 )
 from d2sparse.regularizers.spectral import nuclear_norm, singular_value_threshold
+from d2sparse.regularizers.transport import (
+    directions,
+    layer_collapse,
+    sliced_wasserstein,
+)
 from d2sparse.regularizers.weights import (
     hoyer_square,
     l1,
@@ -40,6 +47,7 @@ from d2sparse.regularizers.weights import (
 
 __all__ = [
     "Groups",
+    "directions",
     "group_hoyer_square",
     "group_lasso",
     "group_norms",
@@ -48,11 +56,13 @@ __all__ = [
     "hoyer_square",
     "l1",
     "l2",
+    "layer_collapse",
     "neurons",
     "nuclear_norm",
     "scale_groups",
     "shrink",
     "singular_value_threshold",
+    "sliced_wasserstein",
     "soft_factors",
     "soft_threshold",
 ]

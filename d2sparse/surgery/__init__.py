@@ -1,0 +1,15 @@
+"""Smaller networks that compute the same: layers are merged, and their weights gone."""
+
+from d2sparse.surgery.merging import (
+    Convolution,
+    Dense,
+    merge_convolutions,
+    merge_dense,
+)
+
+__all__ = [
+    "Convolution",
+    "Dense",
+    "merge_convolutions",
+    "merge_dense",
+]
