@@ -277,6 +277,13 @@ def _choose(votes: jax.Array, then: jax.Array | None) -> tuple[jax.Array, jax.Ar
             f"expected soft votes of shape {votes.shape}, like the hard ones, got "
             f"{then.shape}"
         )
+    return _one_by_one(votes, then)
+
+
+@jax.jit
+def _one_by_one(
+    votes: jax.Array, then: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     classes = votes.shape[1]
 
     def choose(number: jax.Array, carry: Any) -> Any:
