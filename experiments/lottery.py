@@ -29,10 +29,11 @@ from d2sparse.transforms import get_masks
 class Config(study.Config):
     """What is pruned."""
 
-    HIDDEN = ("ticket", *study.unread_options(("imp", "rise")))
+    HIDDEN = ("ticket", *study.unread_options(("imp", "rise", "imp_distilled")))
 
-    # imp, whose pruned weights are 0, or rise, which holds them at their early values.
-    methods: tuple[Literal["imp", "rise"], ...] = ("imp",)
+    # imp, whose pruned weights are 0; rise, which holds them at their early values;
+    # imp_distilled, which learns from a dense network that is trained before it.
+    methods: tuple[Literal["imp", "rise", "imp_distilled"], ...] = ("imp",)
     sparsity: float = 0.95  # zeros among the prunable weights after the last round
     rounds: int = 6  # prunings, each of the same part of the live weights
     axes: Mapping[str, tuple[Any, ...]] = dataclasses.field(
@@ -52,11 +53,11 @@ def run(config: Config) -> pd.DataFrame:
 
 
 def keep_ticket(end: study.End) -> Mapping[str, Any]:
-    """Saves the ticket of a round; that of RISE is dense and is not one."""
+    """Saves the ticket of a round of imp; others go on from more than weights."""
     masks = get_masks(end.progress.state.opt_state)
     network = end.plan.training.network
     pruned = study.zeros(network, masks)
-    if not end.title or end.plan.row.method == "rise" or not end.out.writes:
+    if not end.title or end.plan.row.method != "imp" or not end.out.writes:
         return {"pruned": pruned}
     ticket = end.progress.memory["ticket"]
     name = f"{end.plan.row.name}-seed{end.seed}"

@@ -83,6 +83,8 @@ COST = {
     # swamp are whole and of two networks, the first one of soup of one.
     "imp": 1 + (0.5 + 0.25) * 11 / 12,
     "rise": 1 + 2 * 11 / 12,
+    # The teacher, the rounds, and the teacher's forward passes.
+    "imp_distilled": 1 + 1 + (0.5 + 0.25) * 11 / 12 + (12 + 2 * 11) / 12 / 3,
     "imp_capped": (1 + 0.25 ** (1 / 3) + 0.25 ** (2 / 3) + 0.25) * 6 / 12,
     "soup": 1 + 2 * (0.5 + 0.25),
     "swamp": 2 * (1 + 0.5 + 0.25),
@@ -123,7 +125,7 @@ VARIANTS = {
 # Rows made of constraints, rules and scores that are trained in other rows or files.
 COMPOSED = (
     *("set", "random", "rigl_averaged", "dense_ensemble", "uncoupled_pair"),
-    *("d2_consolidated", "d2_averaged_distilled"),
+    *("d2_consolidated", "d2_averaged_distilled", "imp_distilled"),
 )
 TRAINED = tuple(name for name in ZOO if name not in (*VARIANTS, *COMPOSED))
 

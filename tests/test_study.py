@@ -380,7 +380,11 @@ def test_no_flag_is_listed_that_is_always_refused(module, capsys):
     with pytest.raises(SystemExit):
         cli.parse_flags(module.Config, [module.__name__, "--help"])
     text = capsys.readouterr().out
-    names = {compare: METHODS, prune: METHODS, lottery: ("imp", "rise")}
+    names = {
+        compare: METHODS,
+        prune: METHODS,
+        lottery: ("imp", "rise", "imp_distilled"),
+    }
     unread = study.unread_options(names.get(module, streams.WITHIN))
     listed = [
         f.name for f in dataclasses.fields(grid.Options) if f"--{f.name} " in text

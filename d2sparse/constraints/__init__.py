@@ -8,7 +8,8 @@
 `scored`: pruned by scores on the training data.
 `lottery`: train, prune, rewind, repeat. `soups`: retrain several times and average.
 `ensembles`: several networks out of one training.
-`distilled`: a network learns from one that was trained before it.
+`distilled`: a network learns from one that was trained before it; `descent`: while it
+is pruned in rounds.
 `coupled`: two networks teach each other (D2-Sparse); `paired`: under one budget.
 `quantised`: weights and activations of few bits.
 `averaging`, `pacing`: the average of the weights, the learning-rate schedule.
@@ -25,6 +26,7 @@ for those of another task.
 from d2sparse.constraints.arrivals import Arrival
 from d2sparse.constraints.averaging import averaged
 from d2sparse.constraints.coupled import coupled, pair_masks
+from d2sparse.constraints.descent import distilled_rounds
 from d2sparse.constraints.distilled import distilled, finished
 from d2sparse.constraints.ensembles import free_tickets
 from d2sparse.constraints.growing import (
@@ -108,6 +110,7 @@ __all__ = [
     "consolidated",
     "coupled",
     "distilled",
+    "distilled_rounds",
     "fine_tuned",
     "finished",
     "fisher",

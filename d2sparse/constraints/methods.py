@@ -12,6 +12,7 @@ from d2sparse import scores
 from d2sparse.constraints import equal_costs, latent, pruning, scored, soups
 from d2sparse.constraints.averaging import averaged
 from d2sparse.constraints.coupled import coupled
+from d2sparse.constraints.descent import distilled_rounds
 from d2sparse.constraints.distilled import distilled, finished
 from d2sparse.constraints.ensembles import free_tickets
 from d2sparse.constraints.growing import rigl, set_, sparse_momentum, static
@@ -206,6 +207,17 @@ METHODS: Mapping[str, Method] = {
             iterative_magnitude(o.sparsity, o.rounds, o.rewinds._replace(frozen=True)),
         ),
         tries=_REWINDS,
+    ),
+    "imp_distilled": Method(
+        lambda o: (
+            distilled_rounds(
+                sparsity=o.sparsity,
+                rounds=o.rounds,
+                rewinds=o.rewinds,
+                lesson=(o.coupling, o.temperature),
+            ),
+        ),
+        tries=_TEACHING,
     ),
     "soup": Method(lambda o: (soups.souped(o.sparsity, o.rounds, o.members),)),
     "swamp": Method(lambda o: (soups.swamp(o.sparsity, o.rounds, o.members),)),
