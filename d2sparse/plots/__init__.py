@@ -28,6 +28,7 @@ from d2sparse.plots.style import (
     STYLE,
     VERMILLION,
 )
+from d2sparse.plots.tradeoff import accuracy_against, entropies_of_layers
 from d2sparse.plots.transfer import (
     accuracy_against_compression,
     prompt_grid,
@@ -51,12 +52,14 @@ __all__ = [
     "VERMILLION",
     "WINDOW",
     "Curve",
+    "accuracy_against",
     "accuracy_against_compression",
     "accuracy_against_cost",
     "accuracy_against_sparsity",
     "along_stream",
     "average_ranks",
     "critical_difference",
+    "entropies_of_layers",
     "label_map",
     "learning_curves",
     "mask_pair",

@@ -19,13 +19,17 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "ece": ("ECE %", "{:.1f}"),
     "brier": ("Brier", "{:.3f}"),
     "nonzeros": ("non-zeros", "{:,.0f}"),
+    "compression": ("compression", "{:.1f}"),
+    "neurons": ("neurons %", "{:.1f}"),
+    "activations": ("activations", "{:.0f}"),
+    "train_accuracy": ("training %", "{:.1f}"),
     "relative_macs": ("MACs", "{:.2f}"),
     "relative_inference": ("inference", "{:.2f}"),
     "seeds": ("seeds", "{:.0f}"),
     "seconds": ("seconds", "{:.1f}"),
 }
 STANDARD = ("nll", "ece", "nonzeros", "relative_macs", "seconds")
-_PERCENT = ("zeros", "ece")
+_PERCENT = ("zeros", "ece", "neurons", "train_accuracy")
 
 
 def table_of(

@@ -1,0 +1,196 @@
+"""How small a network has become: its numbers, neurons and layers, and their states."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2sparse import metrics, plots, train, tree
+from d2sparse.checks import optional
+from d2sparse.metrics import StateCounts
+from d2sparse.models import gates, taps
+from d2sparse.study import reporting
+from d2sparse.study.frames import summarise
+from d2sparse.study.reporting import Comparison
+from d2sparse.study.runner import End, judged
+from d2sparse.study.tables import table_of
+from d2sparse.train import Data, Training, TrainState, passes, take
+
+with optional(__name__):
+    import pandas as pd
+
+_COLUMNS = ("nll", "compression", "neurons", "activations", "train_accuracy")
+# Figures by name: column, label, whether on a logarithmic axis.
+_FIGURES = {
+    "compression": (
+        "compression",
+        "numbers of the dense network over those left",
+        True,
+    ),
+    "neurons": ("neurons", "neurons and channels left, of the dense network's", False),
+    "depth": ("activations", "activation functions left", False),
+}
+
+
+def examine(end: End) -> dict[str, Any]:
+    """What is left of a network, and how certain the states of its units are.
+
+    Returns:
+      compression: numbers of the dense network over those stored; neurons: part of the
+      neurons and channels, those of the last layer aside, that have a live incoming
+      weight; activations: functions that are not linear; entropies: mean ON/OFF entropy
+      of channels over the training examples, in bits by activation function, 0 where it
+      is linear; entropy: their mean; train_accuracy: on the labels it is trained on.
+    """
+    training, state = end.program.training, end.state
+    masks = jax.device_get(training.masks(state))
+    stored = sum(int(np.sum(m)) for m in jax.tree.leaves(masks.stored))
+    total = tree.size(end.plan.base.network.params)
+    found = entropies_of(training, state, end.splits.train)
+    active = {name: value for name, value in found.items() if value is not None}
+    return {
+        "compression": total / stored,
+        "neurons": float(np.mean([live_neurons(own) for own in masks.used])),
+        "activations": len(active) if found else np.nan,
+        "entropies": {name: value or 0.0 for name, value in found.items()},
+        "entropy": float(np.mean(list(active.values()))) if active else np.nan,
+        "train_accuracy": train.accuracy_of(end.program, state, end.splits.train),
+    }
+
+
+def live_neurons(masks: Any) -> float:
+    """Part of the neurons and channels with a live incoming weight, but the last layer.
+
+    >>> import jax.numpy as jnp
+    >>> first = jnp.array([[True, False], [True, False]])
+    >>> live_neurons({"first": {"kernel": first}, "head": {"kernel": first}})
+    0.5
+    """
+    kernels = [leaf for path, leaf in tree.flatten(masks).items() if "kernel" in path]
+    hidden = kernels[:-1] or kernels
+    live = [np.any(k, axis=tuple(range(np.ndim(k) - 1))) for k in hidden]
+    return float(np.mean(np.concatenate(live)))
+
+
+def entropies_of(
+    training: Training, state: TrainState, data: Data
+) -> dict[str, float | None]:
+    """Mean ON/OFF entropy of the channels of every activation function, in bits.
+
+    Returns:
+      By activation function; None where it has become linear. Empty for networks whose
+      activation functions are no Linen modules, and for several networks at once.
+    """
+    apply, inputs = training.model.apply, training.inputs
+    x = jax.eval_shape(lambda data: inputs(data, None), data)
+    found = gates.find_layers(apply, state.params, state.model_state, x, train=False)
+    if not found.activations:
+        return {}
+    count = _counter(apply, inputs, tuple(found.activations))
+    counts: dict[str, StateCounts] | None = None
+    for rows, there in passes(len(data.labels)):
+        counts = count(
+            counts,
+            state.params,
+            state.model_state,
+            take(data, jnp.asarray(rows)),
+            there,
+        )
+    assert counts is not None
+    entropies = metrics.layer_entropy(counts, zero="off", varying_only=False)
+    linear = _linear(state.model_state)
+    return {n: None if n in linear else float(entropies[n]) for n in found.activations}
+
+
+@functools.lru_cache(maxsize=16)
+def _counter(
+    apply: Callable[..., Any],
+    inputs: Callable[[Data, Any], Any],
+    names: tuple[str, ...],
+) -> Callable[..., dict[str, StateCounts]]:
+    """Counts the states of a batch; compiled once for a training."""
+
+    @jax.jit
+    def count(
+        counts: Any, params: Any, model_state: Any, batch: Data, there: Any
+    ) -> dict[str, StateCounts]:
+        x = inputs(batch, None)
+        _, found = taps.read(apply, names)(params, model_state, x, train=False)
+        entering = {name: tap.input for name, tap in found.items()}
+        return metrics.count_states(counts, entering, where=there)
+
+    return count
+
+
+def _linear(model_state: Any) -> set[str]:
+    """Activation functions that gates have made linear."""
+    nodes = jax.tree.leaves(model_state, is_leaf=lambda n: isinstance(n, gates.Gates))
+    found = [node.active for node in nodes if isinstance(node, gates.Gates)]
+    return {name for active in found for name, on in active.items() if not bool(on)}
+
+
+def report(comparison: Comparison) -> dict[str, Any]:
+    """Writes summary, tables and figures of the finished runs, and prints the tables.
+
+    A run with titled phases has a row for each of them in a second table, and figures
+    show all of these networks instead of the last ones.
+
+    Returns:
+      The summary, as in summary.json.
+    """
+    rows = reporting.summary_rows(comparison)
+    heading = reporting.heading_of(comparison.config)
+    if not len(rows):
+        return reporting.write(comparison, {"rows": []}, heading + "No run has ended.")
+    axes, references = comparison.axes, comparison.references
+    table = table_of(rows, axes, references, ("zeros", *_COLUMNS, "relative_macs"))
+    parts = _parts(comparison)
+    results = {"rows": rows.to_dict("records"), "parts": parts.to_dict("records")}
+    if len(parts) > len(rows):
+        several = parts["method"].isin(parts[parts["part"] > 0]["method"])
+        every = table_of(parts[several], [*axes, "part"], (), ("zeros", *_COLUMNS))
+        table += f"\n\n## Along the way\n\n{every}"
+    summary = reporting.write(comparison, results, heading + table)
+    _draw(comparison, parts)
+    reporting.draw_curves(comparison)
+    return summary
+
+
+def _parts(comparison: Comparison) -> "pd.DataFrame":
+    """The networks of titled phases, numbered; of runs without any, the last one."""
+    config, out, plans = comparison.config, comparison.out, comparison.plans
+    titled, whole = reporting.read(config, out, plans, parts=True), comparison.runs
+    keys = ["run", "seed"]
+    if len(titled):
+        known = pd.MultiIndex.from_frame(titled[keys])
+        alone = ~pd.MultiIndex.from_frame(whole[keys]).isin(known)
+        whole = pd.concat([titled, whole[alone]], ignore_index=True)
+    order = {plan.row.name: place for place, plan in enumerate(plans)}
+    runs = whole.sort_values("run", key=lambda name: name.map(order), kind="stable")
+    runs = runs.assign(part=runs.groupby(keys).cumcount())
+    by = ["method", *comparison.axes, "part"]
+    by = [name for name in by if name in runs.columns]
+    entropies = runs.groupby(by, sort=False, dropna=False)["entropies"].agg(_mean)
+    return summarise(runs, by).merge(entropies.reset_index(), on=by)
+
+
+def _mean(each: "pd.Series[Any]") -> dict[str, float]:
+    """The mean over seeds of dicts by layer."""
+    return {name: float(np.mean([d[name] for d in each])) for name in each.iloc[0]}
+
+
+def _draw(comparison: Comparison, parts: "pd.DataFrame") -> None:
+    rows, label = reporting.labelled(comparison, parts), judged(comparison.config)
+    for name, (key, axis, log) in _FIGURES.items():
+        if np.unique(parts[key].dropna()).size > 1:
+            figure = plots.accuracy_against(
+                rows, key, axis, f"{label} accuracy", log=log
+            )
+            comparison.out.save_figure(f"accuracy_against_{name}", figure)
+    seen: list[Mapping[str, Any]] = [row for row in rows if row["entropies"]]
+    if seen:
+        figure = plots.entropies_of_layers(seen)
+        comparison.out.save_figure("entropy_of_layers", figure)
