@@ -16,6 +16,7 @@ import dataclasses
 import pandas as pd
 
 from d2sparse import study
+from d2sparse.models import Model
 from d2sparse.study import cli, compression
 
 
@@ -27,12 +28,12 @@ class Config(study.Config):
     methods: tuple[study.MethodName, ...] = ("dense", "gradual", "imp")
 
 
-def run(config: Config) -> pd.DataFrame:
+def run(config: Config, model: Model | None = None) -> pd.DataFrame:
     """Trains what has not finished yet, and reports on all of it: a row a run."""
     experiment = study.Experiment(
         "compress", ("dense",), examine=compression.examine, report=compression.report
     )
-    return study.compare(config, experiment)
+    return study.compare(config, experiment, model=model)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,11 @@ def accuracy_against(
             own = [row for row in shown if row["method"] == method]
             x, y = ([row[name] for row in own] for name in (key, "accuracy"))
             errors = [row["deviation"] for row in own]
-            axes.plot(x, y, label=method, marker="o", markersize=4, **look)
+            # One network alone is a ring, which others do not cover.
+            alone = {"markersize": 9, "fillstyle": "none"} if len(own) == 1 else {}
+            axes.plot(
+                x, y, label=method, marker="o", **{"markersize": 4, **alone, **look}
+            )
             axes.errorbar(x, y, errors, fmt="none", ecolor=look["color"], elinewidth=1)
         if log:
             axes.set_xscale("log")

@@ -1,7 +1,7 @@
 """How small a network has become: its numbers, neurons and layers, and their states."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -190,7 +190,8 @@ def _draw(comparison: Comparison, parts: "pd.DataFrame") -> None:
                 rows, key, axis, f"{label} accuracy", log=log
             )
             comparison.out.save_figure(f"accuracy_against_{name}", figure)
-    seen: list[Mapping[str, Any]] = [row for row in rows if row["entropies"]]
+    going_on = {row["method"] for row in rows if row["part"]}
+    seen = [row for row in rows if row["method"] in going_on and row["entropies"]]
     if seen:
         figure = plots.entropies_of_layers(seen)
         comparison.out.save_figure("entropy_of_layers", figure)
