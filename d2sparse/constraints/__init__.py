@@ -11,6 +11,7 @@
 `distilled`: a network learns from one that was trained before it; `descent`: while it
 is pruned in rounds.
 `coupled`: two networks teach each other (D2-Sparse); `paired`: under one budget.
+`depth`: activation functions become linear; `collapsed`: blocks are left out.
 `quantised`: weights and activations of few bits.
 `averaging`, `pacing`: the average of the weights, the learning-rate schedule.
 `prompted`: a visual prompt in front of the network; `label_mapped`: its classes stand
@@ -25,7 +26,9 @@ for those of another task.
 
 from d2sparse.constraints.arrivals import Arrival
 from d2sparse.constraints.averaging import averaged
+from d2sparse.constraints.collapsed import layer_collapse
 from d2sparse.constraints.coupled import coupled, pair_masks
+from d2sparse.constraints.depth import easier, egp, tlc
 from d2sparse.constraints.descent import distilled_rounds
 from d2sparse.constraints.distilled import distilled, finished
 from d2sparse.constraints.ensembles import free_tickets
@@ -111,6 +114,8 @@ __all__ = [
     "coupled",
     "distilled",
     "distilled_rounds",
+    "easier",
+    "egp",
     "fine_tuned",
     "finished",
     "fisher",
@@ -124,6 +129,7 @@ __all__ = [
     "kept",
     "label_mapped",
     "last_refresh",
+    "layer_collapse",
     "layer_densities",
     "make_prompt",
     "make_timetable",
@@ -154,6 +160,7 @@ __all__ = [
     "swamp",
     "synflow",
     "timetable_of",
+    "tlc",
     "top_kast",
     "vote_counter",
     "wanda",

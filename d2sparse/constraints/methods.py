@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 from d2sparse import scores
 from d2sparse.constraints import equal_costs, latent, pruning, scored, soups
 from d2sparse.constraints.averaging import averaged
+from d2sparse.constraints.collapsed import layer_collapse
 from d2sparse.constraints.coupled import coupled
+from d2sparse.constraints.depth import easier, egp, tlc
 from d2sparse.constraints.descent import distilled_rounds
 from d2sparse.constraints.distilled import distilled, finished
 from d2sparse.constraints.ensembles import free_tickets
@@ -124,6 +126,7 @@ _TEACHING = {"coupling": (0.5, 1.0, 2.0)}
 _REWINDS = {"rewind_fraction": (0.0, 0.1, 0.2)}
 _RADII = {"sharpness": (0.02, 0.05, 0.1)}
 _PRUNE_AT = {"prune_at": (0.25, 0.5, 0.75)}
+_EGP = {"depth_fraction": (0.2, 0.5, 0.8)}
 _FINISH = {"finish_rate": (0.03, 0.1, 0.3)}
 _STAYS = {"schedule": "constant"}  # An average needs a learning rate that stays.
 _ANNEALED = {"preset": "symmetric"}
@@ -225,6 +228,17 @@ METHODS: Mapping[str, Method] = {
         lambda o: (free_tickets(o.sparsity, o.members, o.explore, o.moves, o.masks),),
         tries={"explore": (0.3, 0.5, 0.7)},
     ),
+    "easier": Method(lambda o: (easier(o.depth_rounds),)),
+    "easier_random": Method(lambda o: (easier(o.depth_rounds, "random"),)),
+    "egp": Method(lambda o: (egp(o.depth_rounds, o.depth_fraction),), tries=_EGP),
+    "nepenthe": Method(
+        lambda o: (egp(o.depth_rounds, o.depth_fraction, "nepenthe"),), tries=_EGP
+    ),
+    "lacoot": Method(
+        lambda o: (layer_collapse(o.collapse, o.depth_rounds),),
+        tries={"collapse": (0.1, 0.3, 1.0, 5.0)},
+    ),
+    "tlc": Method(lambda o: (tlc(o.depth_rounds),)),
     "dense_mutual": Method(_mutual, tries=_TEACHING),
     "dense_ensemble": Method(lambda o: (coupled((), (), UNCOUPLED),)),
     "uncoupled_pair": Method(_uncoupled),

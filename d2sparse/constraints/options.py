@@ -58,6 +58,13 @@ class Options:
     members: int = 2  # networks of free_tickets, and of a round of soup and swamp
     explore: float = 0.5  # part of the training before free_tickets anneals the first
 
+    # What easier, egp, nepenthe and tlc do to a trained network, each followed by a
+    # whole training, and how many blocks lacoot drops: at most so many times.
+    depth_rounds: int = 4
+    # Part of the live weights before activations that egp and nepenthe prune a round.
+    depth_fraction: float = 0.5
+    collapse: float = 1.0  # weight of the distances that lacoot adds to the loss
+
     bits: int = 4  # of quantised kernels
     activation_bits: int = 8  # of the inputs of their layers; 0: floats
     edge_bits: int = 8  # of the first and the last layer, both of these
@@ -181,12 +188,14 @@ _LEAST = {
     "threshold_decay": 0,
     "rounds": 1,
     "members": 1,
+    "depth_rounds": 1,
+    "collapse": 0,
     "coupling": 0,
     "horizon": 0,
 }
 _FRACTIONS = (
     *("drop_fraction", "prune_at", "start_sparsity", "rewind_fraction", "explore"),
-    *("trust_threshold", "finish_part"),
+    *("trust_threshold", "finish_part", "depth_fraction"),
 )
 _BITS = ("bits", "edge_bits")
 _CHOICES = {

@@ -209,6 +209,21 @@ def dropped(gates: Gates, path: str) -> Gates:
     return gates._replace(blocks={**gates.blocks, path: off})
 
 
+def get_gates(model_state: Any) -> Gates:
+    """The gates in a model state, however deep it is wrapped."""
+    inner = model_state
+    while not isinstance(inner, Gated):
+        inner = inner.own
+    return inner.gates
+
+
+def set_gates(model_state: Any, gates: Gates) -> Any:
+    """The model state with other gates."""
+    if isinstance(model_state, Gated):
+        return model_state._replace(gates=gates)
+    return model_state._replace(own=set_gates(model_state.own, gates))
+
+
 def remaining(gates: Mapping[str, jax.Array]) -> list[str]:
     """Paths of the gates that are not closed, on the host.
 
