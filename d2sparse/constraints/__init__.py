@@ -6,6 +6,7 @@
 `growing`: sparse from the start, with masks that move.
 `latent`: the forward pass sees other weights than those that are trained.
 `scored`: pruned by scores on the training data.
+`decayed`: weights decay by how insensitive the loss or the outputs are to them.
 `lottery`: train, prune, rewind, repeat. `soups`: retrain several times and average.
 `ensembles`: several networks out of one training.
 `distilled`: a network learns from one that was trained before it; `descent`: while it
@@ -28,6 +29,7 @@ from d2sparse.constraints.arrivals import Arrival
 from d2sparse.constraints.averaging import averaged
 from d2sparse.constraints.collapsed import layer_collapse
 from d2sparse.constraints.coupled import coupled, pair_masks
+from d2sparse.constraints.decayed import decayed
 from d2sparse.constraints.depth import easier, egp, tlc
 from d2sparse.constraints.descent import distilled_rounds
 from d2sparse.constraints.distilled import distilled, finished
@@ -112,6 +114,7 @@ __all__ = [
     "averaged",
     "consolidated",
     "coupled",
+    "decayed",
     "distilled",
     "distilled_rounds",
     "easier",

@@ -79,6 +79,11 @@ def coupled(
     def constrained(training: Training) -> Training:
         claimed = claim(training, "the networks", "coupled")
         two = Dual(constrain(training, *fast), constrain(training, *slow))
+        if any(learner.scores is not None for learner in two):
+            raise ValueError(
+                "expected learners that need no scores beside their gradient, got one "
+                "whose decay goes by sensitivities; take score='gradient'"
+            )
         parts = {
             **_forward(two, chosen, training),
             **_optimiser(two, chosen, training.network.prunable, selection),

@@ -182,6 +182,7 @@ def describe_factors(network: Network, how: Precision) -> Network:
         params,
         {path: network.macs.get(path, 0) for path in tree.flatten(params)},
         lambda path, leaf: path in own and prunable(path, leaf),
+        network.outputs,
     )
 
 

@@ -135,6 +135,7 @@ def _under(prompt: Prompt, network: Network) -> Network:
         {"network": network.params, "prompt": theta},
         {**costs, "prompt": 0},
         _inside(network.prunable),
+        network.outputs,
     )
 
 

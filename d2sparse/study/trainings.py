@@ -138,6 +138,9 @@ def rehearse(program: Program, like: Data) -> None:
         context = train.Context(params, model_state, jnp.int32(0), settings, x)
         rate = training.rate(training.settings["learning_rate"], training.horizon)
         training.transform(rate, training.settings, key).init(params)
+        if training.scores is not None:
+            state = training.init(training, key, data, training.settings)
+            training.scores(training, state, example, key)
         return training.loss(outputs, example, context)[0]
 
     try:

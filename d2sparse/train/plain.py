@@ -1,6 +1,7 @@
 """The training that constraints begin with: a classifier, cross-entropy, one phase."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -143,14 +144,14 @@ def init_training(
 def describe(model: Model, like: Data, prunable: Prunable = is_kernel) -> Network:
     """Shapes and costs of a network for data of a form, which may be abstract."""
     x = jax.eval_shape(lambda data: inputs(take(data, jnp.arange(1))), like)
-    params, costs = _shapes_and_macs(model, x.shape, x.dtype)
-    return Network(params, costs, prunable)
+    params, costs, outputs = _shapes_and_macs(model, x.shape, x.dtype)
+    return Network(params, costs, prunable, outputs)
 
 
 @functools.lru_cache(maxsize=16)
 def _shapes_and_macs(
     model: Model, shape: tuple[int, ...], dtype: Any
-) -> tuple[PyTree, dict[str, int]]:
+) -> tuple[PyTree, dict[str, int], int]:
     x = jax.ShapeDtypeStruct(shape, dtype)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
 
@@ -158,8 +159,9 @@ def _shapes_and_macs(
         return model.apply(*variables, x, train=False)[0]
 
     costs = macs.forward_macs(apply, variables, x)
-    params = variables[0]
-    return params, {path: costs[f"0/{path}"] for path in tree.flatten(params)}
+    params, logits = variables[0], jax.eval_shape(apply, variables, x)
+    found = {path: costs[f"0/{path}"] for path in tree.flatten(params)}
+    return params, found, math.prod(getattr(logits, "shape", (1, 0))[1:])
 
 
 def _check_recipe(recipe: Recipe) -> None:

@@ -140,7 +140,8 @@ def make_step(training: Training) -> Step:
     Beside the metrics of the loss there are "finite", bool[], for `guard`, and "macs",
     the cost of the step per example. Optimisers that ask for it are given
     `grad_fn(params, number)`, the gradient on the step's batch at other parameters;
-    `growth_fn()`, that of a larger batch; and `refresh`, whether it is time.
+    `growth_fn()`, that of a larger batch; `refresh`, whether it is time; and `scores`
+    on the step's batch, as the step's loss sees it.
     """
 
     def objective(
@@ -173,6 +174,8 @@ def make_step(training: Training) -> Step:
             extra["growth_fn"] = growth_fn
         if training.when is not None:
             extra["refresh"] = training.when(state.step)
+        if training.scores is not None:
+            extra["scores"] = training.scores(training, state, batch, loss_key)
         rate = training.rate(state.settings["learning_rate"], training.horizon)
         tx = training.transform(rate, state.settings, 0)
         grads, (model_state, logs) = gradient(state.params, state, batch, loss_key)

@@ -96,11 +96,13 @@ class Network(NamedTuple):
       params: shapes of its parameters.
       macs: multiply-accumulates of its dense forward pass by leaf, per example.
       prunable: which leaves may be pruned.
+      outputs: numbers that it returns for an example; 0 where they are no array.
     """
 
     params: PyTree
     macs: Mapping[str, int]
     prunable: Prunable = is_kernel
+    outputs: int = 0
 
     @property
     def weights(self) -> int:
@@ -155,6 +157,9 @@ class Training(NamedTuple):
         to come, per example of its batch.
       measure: state -> measurements by name, at every report.
       claims: what only one constraint can decide: which of them does.
+      scores: `(training, state, batch, key) -> scores` of weights or neurons at every
+        step, which its optimiser is given as `update(..., scores=...)`; None where it
+        asks for none. Their cost is part of `cost`.
     """
 
     model: Model
@@ -177,6 +182,7 @@ class Training(NamedTuple):
     cost: "Callable[[Training, TrainState, int], Any]"
     measure: Callable[[TrainState], Mapping[str, Any]]
     claims: Mapping[str, str]
+    scores: "Callable[[Training, TrainState, Data, Key], PyTree] | None" = None
 
 
 Constraint = Callable[[Training], Training]
