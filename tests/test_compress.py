@@ -98,7 +98,7 @@ def test_neurons_without_a_live_incoming_weight_are_gone(finished):
     assert found["neurons"] == np.concatenate(live).mean()
     masks = {"a": {"kernel": np.ones((3, 3, 2, 4), bool)}, "head": {"kernel": live[0]}}
     masks["a"]["kernel"][..., 1] = False
-    assert compression.live_neurons(masks) == 0.75
+    assert compression.live_neurons(masks, ["a/kernel"]) == 0.75
 
 
 def test_networks_without_modules_or_in_pairs_have_no_entropies(tmp_path):

@@ -34,6 +34,7 @@ from d2sparse.constraints.depth import easier, egp, tlc
 from d2sparse.constraints.descent import distilled_rounds
 from d2sparse.constraints.distilled import distilled, finished
 from d2sparse.constraints.ensembles import free_tickets
+from d2sparse.constraints.gating import count_states_on, layers_of
 from d2sparse.constraints.growing import (
     Moves,
     rigl,
@@ -113,6 +114,7 @@ __all__ = [
     "as_long_as_stream",
     "averaged",
     "consolidated",
+    "count_states_on",
     "coupled",
     "decayed",
     "distilled",
@@ -134,6 +136,7 @@ __all__ = [
     "last_refresh",
     "layer_collapse",
     "layer_densities",
+    "layers_of",
     "make_prompt",
     "make_timetable",
     "maps_of",

@@ -159,9 +159,9 @@ def count_states_on(
     Raises:
       FloatingPointError: what enters an activation function is not finite.
     """
-    gates = get_gates(state.model_state)
+    found = layers_of(program, state, data).activations
     count = _counter(program.training.model.apply, program.training.inputs)
-    counts = {path: _none(np.shape(own)) for path, own in gates.open.items()}
+    counts = {path: _none((own.channels,)) for path, own in found.items()}
     for rows, where in passes(len(data.labels)):
         given = (state.params, state.model_state, data, rows, where)
         counts, sound = count(counts, *given)

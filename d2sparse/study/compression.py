@@ -1,23 +1,21 @@
 """How small a network has become: its numbers, neurons and layers, and their states."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from d2sparse import metrics, plots, train, tree
 from d2sparse.checks import optional
-from d2sparse.metrics import StateCounts
-from d2sparse.models import gates, taps
+from d2sparse.constraints import count_states_on, layers_of
+from d2sparse.models.gates import Gates, leaf_of
 from d2sparse.study import reporting
 from d2sparse.study.frames import summarise
 from d2sparse.study.reporting import Comparison
 from d2sparse.study.runner import End, judged
 from d2sparse.study.tables import table_of
-from d2sparse.train import Data, Training, TrainState, passes, take
+from d2sparse.train import Data, Program, TrainState
 
 with optional(__name__):
     import pandas as pd
@@ -40,95 +38,66 @@ def examine(end: End) -> dict[str, Any]:
 
     Returns:
       compression: numbers of the dense network over those stored; neurons: part of the
-      neurons and channels, those of the last layer aside, that have a live incoming
-      weight; activations: functions that are not linear; entropies: mean ON/OFF entropy
-      of channels over the training examples, in bits by activation function, 0 where it
-      is linear; entropy: their mean; train_accuracy: on the labels it is trained on.
+      neurons and channels before activation functions that have a live incoming weight;
+      activations: functions that are not linear; entropies: mean ON/OFF entropy of
+      channels over the training examples, in bits by activation function, 0 where it is
+      linear; entropy: their mean; train_accuracy: on the labels it is trained on. NaN
+      and empty where it has no activation functions that are Linen modules, and for
+      several networks at once.
     """
-    training, state = end.program.training, end.state
+    training, state, data = end.program.training, end.state, end.splits.train
     masks = jax.device_get(training.masks(state))
     stored = sum(int(np.sum(m)) for m in jax.tree.leaves(masks.stored))
     total = tree.size(end.plan.base.network.params)
-    found = entropies_of(training, state, end.splits.train)
-    active = {name: value for name, value in found.items() if value is not None}
+    found = layers_of(end.program, state, data).activations
+    feeding = {
+        leaf_of(masks.used[0], layer, "kernel")
+        for own in found.values()
+        for layer in own.kernels
+    }
+    entropies = entropies_of(end.program, state, data) if found else {}
+    active = {name: value for name, value in entropies.items() if value is not None}
     return {
         "compression": total / stored,
-        "neurons": float(np.mean([live_neurons(own) for own in masks.used])),
+        "neurons": live_neurons(masks.used[0], feeding) if feeding else np.nan,
         "activations": len(active) if found else np.nan,
-        "entropies": {name: value or 0.0 for name, value in found.items()},
+        "entropies": {name: value or 0.0 for name, value in entropies.items()},
         "entropy": float(np.mean(list(active.values()))) if active else np.nan,
-        "train_accuracy": train.accuracy_of(end.program, state, end.splits.train),
+        "train_accuracy": train.accuracy_of(end.program, state, data),
     }
 
 
-def live_neurons(masks: Any) -> float:
-    """Part of the neurons and channels with a live incoming weight, but the last layer.
+def live_neurons(masks: Any, kernels: Collection[str]) -> float:
+    """Part of the neurons and channels of some kernels with a live incoming weight.
 
-    >>> import jax.numpy as jnp
-    >>> first = jnp.array([[True, False], [True, False]])
-    >>> live_neurons({"first": {"kernel": first}, "head": {"kernel": first}})
+    >>> first = np.array([[True, False], [True, False]])
+    >>> masks = {"first": {"kernel": first}, "head": {"kernel": ~first}}
+    >>> live_neurons(masks, ["first/kernel"])
     0.5
     """
-    kernels = [leaf for path, leaf in tree.flatten(masks).items() if "kernel" in path]
-    hidden = kernels[:-1] or kernels
-    live = [np.any(k, axis=tuple(range(np.ndim(k) - 1))) for k in hidden]
+    own = [leaf for path, leaf in tree.flatten(masks).items() if path in kernels]
+    live = [np.any(k, axis=tuple(range(np.ndim(k) - 1))) for k in own]
     return float(np.mean(np.concatenate(live)))
 
 
 def entropies_of(
-    training: Training, state: TrainState, data: Data
+    program: Program, state: TrainState, data: Data
 ) -> dict[str, float | None]:
     """Mean ON/OFF entropy of the channels of every activation function, in bits.
 
     Returns:
-      By activation function; None where it has become linear. Empty for networks whose
-      activation functions are no Linen modules, and for several networks at once.
+      By activation function; None where it has become linear.
     """
-    apply, inputs = training.model.apply, training.inputs
-    x = jax.eval_shape(lambda data: inputs(data, None), data)
-    found = gates.find_layers(apply, state.params, state.model_state, x, train=False)
-    if not found.activations:
-        return {}
-    count = _counter(apply, inputs, tuple(found.activations))
-    counts: dict[str, StateCounts] | None = None
-    for rows, there in passes(len(data.labels)):
-        counts = count(
-            counts,
-            state.params,
-            state.model_state,
-            take(data, jnp.asarray(rows)),
-            there,
-        )
-    assert counts is not None
+    counts = count_states_on(program, state, data)
     entropies = metrics.layer_entropy(counts, zero="off", varying_only=False)
     linear = _linear(state.model_state)
-    return {n: None if n in linear else float(entropies[n]) for n in found.activations}
-
-
-@functools.lru_cache(maxsize=16)
-def _counter(
-    apply: Callable[..., Any],
-    inputs: Callable[[Data, Any], Any],
-    names: tuple[str, ...],
-) -> Callable[..., dict[str, StateCounts]]:
-    """Counts the states of a batch; compiled once for a training."""
-
-    @jax.jit
-    def count(
-        counts: Any, params: Any, model_state: Any, batch: Data, there: Any
-    ) -> dict[str, StateCounts]:
-        x = inputs(batch, None)
-        _, found = taps.read(apply, names)(params, model_state, x, train=False)
-        entering = {name: tap.input for name, tap in found.items()}
-        return metrics.count_states(counts, entering, where=there)
-
-    return count
+    return {n: None if n in linear else float(h) for n, h in entropies.items()}
 
 
 def _linear(model_state: Any) -> set[str]:
     """Activation functions that gates have made linear."""
-    nodes = jax.tree.leaves(model_state, is_leaf=lambda n: isinstance(n, gates.Gates))
-    found = [node.active for node in nodes if isinstance(node, gates.Gates)]
+    nodes = jax.tree.leaves(model_state, is_leaf=lambda n: isinstance(n, Gates))
+    found = [node.active for node in nodes if isinstance(node, Gates)]
     return {name for active in found for name, on in active.items() if not bool(on)}
 
 
