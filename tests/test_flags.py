@@ -131,6 +131,7 @@ BY_DEFAULT = {
     *("dense_short", "dense_narrow", "dense_averaged", "self_distilled", "rigl"),
     *("granet", "one_shot", "wanda", "top_kast", "str", "powerprop", "imp_capped"),
     *("soup", "free_tickets", "dense_mutual", "d2_consolidated", "d2_annealed"),
+    *("easier", "egp", "lacoot"),
 }
 NAMES = [
     pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow)

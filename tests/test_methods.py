@@ -104,7 +104,11 @@ MASKED = [
     and not name.startswith(("dense", "uncoupled", "d2"))
 ]
 DENSE = ("self_distilled", "rise")  # Frozen weights of rise stay.
-ZOO = tuple(name for name in METHODS if name not in ("fixed", "dense_narrow"))
+# They need activation functions or blocks: see tests/test_depth.py.
+DEPTH = ("easier", "easier_random", "egp", "nepenthe", "lacoot", "tlc")
+ZOO = tuple(
+    name for name in METHODS if name not in ("fixed", "dense_narrow", *DEPTH)
+)
 # Rows that are another one with flags: those that they set, or these.
 VARIANTS = {
     **dict.fromkeys(("dense_smoothed", "dense_sharp"), ("dense", {})),
@@ -264,6 +268,13 @@ def test_a_method_predicts_and_has_the_numbers_of_its_masks(name, zoo):
         assert jax.tree.map(jnp.shape, found) == sizes
     stored = sum(int(np.sum(m)) for m in jax.tree.leaves(masks.stored))
     assert row["nonzeros"] == stored
+
+
+@pytest.mark.parametrize("name", DEPTH)
+def test_a_network_of_one_layer_has_no_depth_to_lose(name):
+    with pytest.raises(ValueError, match="activation functions .* or blocks") as error:
+        plan_of(name)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
