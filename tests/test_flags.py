@@ -33,6 +33,7 @@ VALUES = {
     "horizon": [5.0],
     "refresh_interval": [3],
     "coupling_ramp": [3],
+    "threshold_interval": [1],
     "epochs": [3.0],
 }
 # They divide the same work, or decide which runs and which files there are.
@@ -130,6 +131,7 @@ def has_effect(config, name, before):
 BY_DEFAULT = {
     *("dense_short", "dense_narrow", "dense_averaged", "self_distilled", "rigl"),
     *("granet", "one_shot", "wanda", "top_kast", "str", "powerprop", "imp_capped"),
+    *("l2_thresholded", "lobster"),
     *("soup", "free_tickets", "dense_mutual", "d2_consolidated", "d2_annealed"),
     *("easier", "egp", "lacoot"),
 }
@@ -143,7 +145,8 @@ NAMES = [
 @pytest.mark.parametrize("method", NAMES)
 def test_every_option_that_a_method_goes_by_changes_it(method):
     used = grid.flags_used([METHODS[method]], study.Config()) & OWN
-    own = {"refresh_interval": 4} if "refresh_interval" in used else {}
+    intervals = {"refresh_interval": 4, "threshold_interval": 2}
+    own = {name: steps for name, steps in intervals.items() if name in used}
     config = study.Config(**TINY, **own, methods=(method,))
     before = built(config)
     idle = [name for name in sorted(used) if not has_effect(config, name, before)]

@@ -39,6 +39,8 @@ TINY = prune.Config(
     score_samples=64,
     threshold_decay=0.5,  # Enough for zeros within so few steps.
     rounds=2,
+    threshold_interval=1,
+    patience=1,
     pair_rule="set",  # Compiles sooner than RigL.
     progress=False,
     axes={"sparsity": (0.75,)},
@@ -96,7 +98,7 @@ COST = {
     "d2_averaged_views": 0.25,
     **dict.fromkeys(("d2_sharp", "d2_averaged_sharp"), 0.5),
 }
-# The others are trained by themselves: on a ticket, and as a narrower network.
+# The others are trained by themselves: on a ticket, as narrower or deeper networks.
 MASKED = [
     name
     for name in COST
@@ -106,7 +108,9 @@ MASKED = [
 DENSE = ("self_distilled", "rise")  # Frozen weights of rise stay.
 # They need activation functions or blocks: see tests/test_depth.py.
 DEPTH = ("easier", "easier_random", "egp", "nepenthe", "lacoot", "tlc")
-ZOO = tuple(name for name in METHODS if name not in ("fixed", "dense_narrow", *DEPTH))
+HIDDEN = ("serene", "serene_lower", "neuron_lobster")  # They need hidden neurons.
+APART = ("fixed", "dense_narrow", *HIDDEN, *DEPTH)
+ZOO = tuple(name for name in METHODS if name not in APART)
 # Rows that are another one with flags: those that they set, or these.
 VARIANTS = {
     **dict.fromkeys(("dense_smoothed", "dense_sharp"), ("dense", {})),
@@ -128,6 +132,7 @@ VARIANTS = {
 COMPOSED = (
     *("set", "random", "rigl_averaged", "dense_ensemble", "uncoupled_pair"),
     *("d2_consolidated", "d2_averaged_distilled", "imp_distilled"),
+    *("thresholded", "l2_thresholded", "sensitivity"),
 )
 TRAINED = tuple(name for name in ZOO if name not in (*VARIANTS, *COMPOSED))
 
@@ -184,7 +189,7 @@ def plan_of(name, layers=1, **flags):
     own = {k: v for k, v in vars(TINY).items() if k in used and k != "sparsity"}
     shared = (
         *("score_samples", "threshold_decay", "growth_samples", "refresh_interval"),
-        *("rounds", "pair_rule"),
+        *("rounds", "pair_rule", "threshold_interval", "patience"),
     )
     reset = {k: getattr(study.Config, k) for k in shared if k not in used}
     config = dataclasses.replace(config, **(reset | own | flags))
@@ -356,6 +361,48 @@ def test_soft_thresholds_find_a_sparsity_of_their_own(zoo):
     np.testing.assert_allclose(row["nonzeros"], KERNELS + BIASES - zeros, atol=1)
     np.testing.assert_allclose(row["zeros"], zeros / KERNELS, atol=1e-3)
     assert 1 - row["zeros"] < row["relative_macs"] < 1
+
+
+# Passes of a step, and of the scores of one that is dense, over those of a gradient.
+SENSITIVE = {
+    "thresholded": 3,
+    "l2_thresholded": 3,
+    "lobster": 3,
+    "sensitivity": 6,
+    "serene": 14,
+    "serene_lower": 5,
+    "neuron_lobster": 5,
+}
+
+
+@pytest.mark.parametrize("name", SENSITIVE)
+def test_decays_begin_dense_and_are_charged_for_their_scores(name):
+    plan = plan_of(name, layers=3)
+    network, state = plan.training.network, jax.eval_shape(lambda: begun(plan)).state
+    dense = jax.tree.map(lambda x: np.ones(x.shape, bool), network.params)
+    alone = plan.training._replace(masks=lambda state: train.same_masks(dense))
+    np.testing.assert_allclose(
+        float(alone.cost(alone, state, 0)), SENSITIVE[name] * network.dense_macs
+    )
+    strength = plan.training.settings.get("decay_strength")
+    assert strength == (None if name == "thresholded" else 0.0004)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HIDDEN)
+def test_methods_by_neurons_train_networks_that_have_some(name):
+    plan, begin, end = learned(name, layers=3, threshold_interval=1, patience=1)
+    before, after = kernels(begin.params), kernels(end.params)
+    assert all(np.any(before[path] != after[path]) for path in before)
+    assert np.all(np.isfinite(plan.program.predict(end, examples())["network"]))
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_methods_by_neurons_refuse_a_network_without(name):
+    with pytest.raises(
+        ValueError, match=r"hidden neurons .*, got the layers \['head'\]"
+    ):
+        plan_of(name)
 
 
 def test_a_larger_decay_of_the_thresholds_leaves_fewer_weights(zoo):

@@ -7,6 +7,8 @@
 `latent`: the forward pass sees other weights than those that are trained.
 `scored`: pruned by scores on the training data.
 `decayed`: weights decay by how insensitive the loss or the outputs are to them.
+`thresholded`: pruned by a threshold whenever the validation loss has stopped falling;
+`bisection`, `held_out`: the search for it, the examples that it is validated on.
 `lottery`: train, prune, rewind, repeat. `soups`: retrain several times and average.
 `ensembles`: several networks out of one training.
 `distilled`: a network learns from one that was trained before it; `descent`: while it
@@ -27,6 +29,7 @@ for those of another task.
 
 from d2sparse.constraints.arrivals import Arrival
 from d2sparse.constraints.averaging import averaged
+from d2sparse.constraints.bisection import Threshold, bisect_threshold
 from d2sparse.constraints.collapsed import layer_collapse
 from d2sparse.constraints.coupled import coupled, pair_masks
 from d2sparse.constraints.decayed import decayed
@@ -78,6 +81,7 @@ from d2sparse.constraints.streams import (
     stream,
     stream_steps,
 )
+from d2sparse.constraints.thresholded import Search, threshold_search
 from d2sparse.constraints.timetables import StreamOptions, make_timetable, timetable_of
 from d2sparse.constraints.transfer_methods import (
     TRANSFER_METHODS,
@@ -105,14 +109,17 @@ __all__ = [
     "Moves",
     "Options",
     "Rewinds",
+    "Search",
     "StreamOptions",
     "Streamed",
     "Structure",
+    "Threshold",
     "TransferOptions",
     "Transferred",
     "ac_dc",
     "as_long_as_stream",
     "averaged",
+    "bisect_threshold",
     "consolidated",
     "count_states_on",
     "coupled",
@@ -165,6 +172,7 @@ __all__ = [
     "stream_steps",
     "swamp",
     "synflow",
+    "threshold_search",
     "timetable_of",
     "tlc",
     "top_kast",

@@ -13,6 +13,7 @@ from d2sparse.constraints import equal_costs, latent, pruning, scored, soups
 from d2sparse.constraints.averaging import averaged
 from d2sparse.constraints.collapsed import layer_collapse
 from d2sparse.constraints.coupled import coupled
+from d2sparse.constraints.decayed import Sensitivity, decayed
 from d2sparse.constraints.depth import easier, egp, tlc
 from d2sparse.constraints.descent import distilled_rounds
 from d2sparse.constraints.distilled import distilled, finished
@@ -22,6 +23,7 @@ from d2sparse.constraints.lottery import iterative_magnitude, kept
 from d2sparse.constraints.options import Options
 from d2sparse.constraints.paired import Learners, paired
 from d2sparse.constraints.quantised import quantised
+from d2sparse.constraints.thresholded import threshold_search
 from d2sparse.dual import Coupling
 from d2sparse.train import Constraint
 
@@ -61,6 +63,18 @@ def _pruned(score: Any = None) -> Callable[[Options], Constraints]:
     return lambda o: (
         pruning.gradual(o.sparsity, o.refresh_interval, score or o.scored_by, o.masks),
     )
+
+
+def _thresholded(score: Sensitivity | None = None) -> Callable[[Options], Constraints]:
+    def constraints(o: Options) -> Constraints:
+        search = threshold_search(o.threshold_interval, o.search)
+        if score is None:
+            return (search,)
+        if score == "constant":
+            return (decayed(o.decay_strength, score), search)
+        return (decayed(o.decay_strength, score, o.decay_normalise), search)
+
+    return constraints
 
 
 def _imp(o: Options) -> Constraints:
@@ -127,6 +141,7 @@ _REWINDS = {"rewind_fraction": (0.0, 0.1, 0.2)}
 _RADII = {"sharpness": (0.02, 0.05, 0.1)}
 _PRUNE_AT = {"prune_at": (0.25, 0.5, 0.75)}
 _EGP = {"depth_fraction": (0.2, 0.5, 0.8)}
+_STRENGTHS = {"decay_strength": (1e-4, 4e-4, 1.6e-3)}
 _FINISH = {"finish_rate": (0.03, 0.1, 0.3)}
 _STAYS = {"schedule": "constant"}  # An average needs a learning rate that stays.
 _ANNEALED = {"preset": "symmetric"}
@@ -203,6 +218,13 @@ METHODS: Mapping[str, Method] = {
         lambda o: (scored.wanda(o.sparsity, o.prune_at, o.score_samples, o.masks),),
         tries=_PRUNE_AT,
     ),
+    "thresholded": Method(_thresholded(), tries={"tolerance": (0.02, 0.05, 0.1)}),
+    "l2_thresholded": Method(_thresholded("constant"), tries=_STRENGTHS),
+    "lobster": Method(_thresholded("gradient"), tries=_STRENGTHS),
+    "sensitivity": Method(_thresholded("output"), tries=_STRENGTHS),
+    "serene": Method(_thresholded("neurons"), tries=_STRENGTHS),
+    "serene_lower": Method(_thresholded("neurons_lower"), tries=_STRENGTHS),
+    "neuron_lobster": Method(_thresholded("neuron_gradients"), tries=_STRENGTHS),
     "imp": _prunes(_imp, tries=_REWINDS),
     "imp_capped": Method(_imp, _CAPPED, _REWINDS),
     "rise": Method(

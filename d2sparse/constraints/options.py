@@ -7,10 +7,12 @@ from typing import Literal, get_args
 
 from d2sparse import distributions, masks, scores
 from d2sparse.checks import check_choice, check_least
+from d2sparse.constraints.decayed import Normalise
 from d2sparse.constraints.found_scales import InputScales
 from d2sparse.constraints.growing import Moves
 from d2sparse.constraints.lottery import Rewinds
 from d2sparse.constraints.masked import Structure
+from d2sparse.constraints.thresholded import Search
 from d2sparse.distributions import Distribution, check_sparsity
 from d2sparse.dual import Coupling
 from d2sparse.masks import Selection
@@ -50,6 +52,20 @@ class Options:
     score_samples: int = 256  # examples that snip, grasp, fisher and wanda look at
     power: float = 2.0  # alpha of powerprop, whose weights are theta |theta|^(alpha-1)
     threshold_decay: float = 0.03  # weight decay on the thresholds of str
+
+    # What weights that the loss or the outputs are insensitive to lose in every step of
+    # lobster, sensitivity, serene and l2_thresholded: their part, whatever the learning
+    # rate is.
+    decay_strength: float = 0.0004
+    # What sensitivities are divided by: the largest of the tensor, of all, or nothing,
+    # as published, which can hardly be told from l2_thresholded.
+    decay_normalise: Normalise = "tensor"
+    # Steps between two checks of the loss on a tenth of the training examples, which
+    # thresholded and the methods above hold out; 0: a pass over the labels.
+    threshold_interval: int = 0
+    # Checks in a row at which the loss is no longer falling, before they prune.
+    patience: int = 3
+    tolerance: float = 0.05  # part by which a pruning may raise that loss
 
     rounds: int = 5  # prunings of imp, soup and swamp
     rewind_fraction: float = 0.1  # part of a round whose weights are rewound to
@@ -124,6 +140,11 @@ class Options:
         return Rewinds(self.rewind_fraction, self.rewinding, self.scored_by)
 
     @property
+    def search(self) -> Search:
+        """When and how far a threshold prunes."""
+        return Search(self.patience, self.tolerance)
+
+    @property
     def scored_by(self) -> Score:
         """What prunes by."""
         found: Score = getattr(scores, self.score)
@@ -186,6 +207,9 @@ _LEAST = {
     "score_samples": 1,
     "power": 1,
     "threshold_decay": 0,
+    "threshold_interval": 0,
+    "patience": 1,
+    "tolerance": 0,
     "rounds": 1,
     "members": 1,
     "depth_rounds": 1,
@@ -194,6 +218,7 @@ _LEAST = {
     "horizon": 0,
 }
 _FRACTIONS = (
+    "decay_strength",
     *("drop_fraction", "prune_at", "start_sparsity", "rewind_fraction", "explore"),
     *("trust_threshold", "finish_part", "depth_fraction"),
 )
@@ -202,6 +227,7 @@ _CHOICES = {
     "distribution": get_args(DistributionName),
     "pattern": get_args(PatternName),
     "score": get_args(ScoreName),
+    "decay_normalise": get_args(Normalise),
     "rewinding": ("weights", "learning_rate"),
     "preset": get_args(Preset),
     "weight_scale": get_args(ScaleName),

@@ -176,6 +176,7 @@ def describe_base(config: Config, row: Row, like: Data, build: MakeModel) -> Kno
             steps=steps,
             epochs=0.0,
             refresh_interval=flags.refresh_interval or interval,
+            threshold_interval=flags.threshold_interval or epoch,
             horizon=flags.horizon or max(steps / 6, epoch),
         )
 
