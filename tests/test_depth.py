@@ -10,6 +10,7 @@ import pytest
 import runs
 
 from d2sparse import constraints, data, metrics, models, regularizers, train, tree
+from d2sparse.checkpoint import Checkpoints
 from d2sparse.constraints import depth, easier, egp, gating, layer_collapse, tlc
 from d2sparse.models import taps
 from d2sparse.models.gates import remaining
@@ -366,6 +367,15 @@ def test_blocks_are_dropped_one_by_one_the_smallest_distance_first():
         }
         assert all(np.all(m) or not np.any(m) for m in kernels.values())
     assert all(own["collapse"] > 0 for own in logs)
+
+
+def test_gates_are_in_checkpoints(tmp_path):
+    program, ends, _ = collapsed_run()
+    progress = ends["1 dropped"]
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, progress, {})
+        found = checkpoints.restore(form=lambda notes: program.form(1, digits()))
+    assert same(found.state, progress)
 
 
 def test_distances_are_those_of_sorted_projections():

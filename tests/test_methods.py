@@ -104,9 +104,7 @@ MASKED = [
 DENSE = ("self_distilled", "rise")  # Frozen weights of rise stay.
 # They need activation functions or blocks: see tests/test_depth.py.
 DEPTH = ("easier", "easier_random", "egp", "nepenthe", "lacoot", "tlc")
-ZOO = tuple(
-    name for name in METHODS if name not in ("fixed", "dense_narrow", *DEPTH)
-)
+ZOO = tuple(name for name in METHODS if name not in ("fixed", "dense_narrow", *DEPTH))
 # Rows that are another one with flags: those that they set, or these.
 VARIANTS = {
     **dict.fromkeys(("dense_smoothed", "dense_sharp"), ("dense", {})),
@@ -270,7 +268,7 @@ def test_a_method_predicts_and_has_the_numbers_of_its_masks(name, zoo):
 
 @pytest.mark.parametrize("name", DEPTH)
 def test_a_network_of_one_layer_has_no_depth_to_lose(name):
-    with pytest.raises(ValueError, match="activation functions .* or blocks") as error:
+    with pytest.raises(ValueError, match=r"activation functions .* or blocks") as error:
         plan_of(name)
     assert "\n" not in str(error.value)
 
