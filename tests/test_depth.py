@@ -10,10 +10,19 @@ import pytest
 import runs
 from flax import linen as nn
 
-from d2sparse import constraints, data, metrics, models, regularizers, train, tree
+from d2sparse import (
+    constraints,
+    data,
+    metrics,
+    models,
+    prompts,
+    regularizers,
+    train,
+    tree,
+)
 from d2sparse.checkpoint import Checkpoints
 from d2sparse.constraints import depth, easier, egp, gating, layer_collapse, tlc
-from d2sparse.models import taps
+from d2sparse.models import gates, taps
 from d2sparse.models.gates import remaining
 from d2sparse.models.layers import ReLU, batch_norm, dense
 from d2sparse.models.mlp import MLP
@@ -245,6 +254,19 @@ def test_states_are_counted_over_all_examples(monkeypatch):
     for path, z in preactivations(before).items():
         np.testing.assert_array_equal(counts[path].positive, np.sum(z > 0, axis=0))
         np.testing.assert_array_equal(counts[path].negative, np.sum(z < 0, axis=0))
+
+
+def test_what_is_quantised_or_behind_a_prompt_has_gates():
+    prompt = prompts.border(canvas=8, inner=6, channels=1)
+    for inner in (constraints.quantised(), constraints.prompted(prompt)):
+        training = train.constrain(plainly(PERCEPTRON), inner, egp(1))
+        program = train.make_program(training)
+        form = jax.eval_shape(program.init, jax.random.key(0), digits())
+        assert list(gates_of(form).active) == list(HIDDEN)
+        feeding = gating.layers_of(program, form.state, digits()).activations
+        kernels = [own.kernels for own in feeding.values()]
+        assert kernels == [("dense1",), ("dense2",), ("dense3",)]
+        assert gates.leaf_of(form.state.params, "dense3", "kernel").endswith("kernel")
 
 
 # EGP and NEPENTHE
