@@ -8,20 +8,54 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+from flax import linen as nn
 
-from d2sparse import constraints, data, metrics, models, regularizers, train, tree
+from d2sparse import (
+    constraints,
+    data,
+    metrics,
+    models,
+    prompts,
+    regularizers,
+    train,
+    tree,
+)
+from d2sparse.checkpoint import Checkpoints
 from d2sparse.constraints import depth, easier, egp, gating, layer_collapse, tlc
-from d2sparse.models import taps
+from d2sparse.models import gates, taps
 from d2sparse.models.gates import remaining
+from d2sparse.models.layers import ReLU, batch_norm, dense
 from d2sparse.models.mlp import MLP
-from d2sparse.models.resnet import BasicBlock, ResNet
 from d2sparse.transforms import get_masks
 
 HIDDEN = ("relu1", "relu2", "relu3")
 PERCEPTRON = models.from_linen(MLP((6, 6, 6), 4))
-RESIDUAL = models.from_linen(ResNet(BasicBlock, (2,), 2, 4))
-BLOCKS = ("stage1_block1", "stage1_block2")
+BLOCKS = ("block1", "block2")
 STEPS = 3
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        y = batch_norm(train=train, name="norm1")(dense(4, name="dense1")(x))
+        y = dense(4, name="dense2")(ReLU(name="relu1")(y))
+        y = batch_norm(train=train, name="norm2")(y)
+        return ReLU(name="relu2")(y + x)
+
+
+class Residual(nn.Module):
+    """Residual blocks without images, which compile sooner."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = dense(4, name="stem")(x.reshape(len(x), -1))
+        x = ReLU(name="stem_relu")(batch_norm(train=train, name="stem_norm")(x))
+        for name in BLOCKS:
+            x = Block(name=name)(x, train=train)
+        return dense(4, name="head")(x)
+
+
+RESIDUAL = models.from_linen(Residual())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,9 +103,13 @@ def trained(program, seed=0):
     return ends, last
 
 
-def entered(program, progress, number=1):
-    """The progress where a phase has been entered, without any step."""
-    return program.training.phases[number].enter(progress, digits(), program)
+def entered(program, progress, number=1, other=None):
+    """The progress where a phase has been entered, without any step.
+
+    A phase of another constraint may be entered: what is compiled serves both.
+    """
+    training = program.training if other is None else other(plainly(RESIDUAL))
+    return training.phases[number].enter(progress, digits(), program)
 
 
 def gates_of(progress):
@@ -160,7 +198,7 @@ def test_nothing_is_compiled_for_a_round_and_a_run_resumes_to_the_bit(caplog):
     saved = []
 
     def save(progress, logs):
-        saved.append((copied(progress), dict(logs)))
+        saved.append((jax.tree.map(jnp.copy, progress), dict(logs)))
 
     watch = train.Watch(save_every=2, save=save, begun=lambda p: save(p, {}))
     assert same(train.fit(program, begun(program), digits(), watch).state, last.state)
@@ -173,19 +211,19 @@ def test_nothing_is_compiled_for_a_round_and_a_run_resumes_to_the_bit(caplog):
 
 
 def test_other_orders_are_controls(monkeypatch):
-    highest = program_of(easier, PERCEPTRON, 1, "highest")
+    program = program_of(easier, PERCEPTRON, 3)
     before = easier_run()[0]["0 removed"]
     bits = numpy_entropies(before)
-    off = set(HIDDEN) - set(remaining(gates_of(entered(highest, before)).active))
+    after = entered(program, before, other=easier(1, "highest"))
+    off = set(HIDDEN) - set(remaining(gates_of(after).active))
     assert off == {max(bits, key=bits.__getitem__)}
 
     monkeypatch.setattr(depth, "count_states_on", None)  # It looks at nothing.
-    program = program_of(easier, PERCEPTRON, 2, "random")
 
     def order(seed):
         progress = begun(program, seed)
         for number in (1, 2):
-            progress = entered(program, progress, number)
+            progress = entered(program, progress, number, easier(2, "random"))
         return tuple(int(progress.memory["removed"][path]) for path in HIDDEN)
 
     orders = [order(seed) for seed in range(6)]
@@ -195,9 +233,10 @@ def test_other_orders_are_controls(monkeypatch):
 
 
 def test_masks_stay_what_they_were():
-    before = begun(program_of(egp, PERCEPTRON, 2, 0.05))
-    pruned = entered(program_of(egp, PERCEPTRON, 2, 0.05), before)
-    after = entered(program_of(easier, PERCEPTRON, 2, "random"), pruned)
+    program = program_of(egp, PERCEPTRON, 2, 0.05)
+    before = begun(program)
+    pruned = entered(program, before)
+    after = entered(program, pruned, other=easier(2, "random"))
     assert len(remaining(gates_of(after).active)) == 2
     assert mask_counts(after) == mask_counts(pruned) != mask_counts(before)
     assert same(after.state.params, pruned.state.params)
@@ -215,6 +254,19 @@ def test_states_are_counted_over_all_examples(monkeypatch):
     for path, z in preactivations(before).items():
         np.testing.assert_array_equal(counts[path].positive, np.sum(z > 0, axis=0))
         np.testing.assert_array_equal(counts[path].negative, np.sum(z < 0, axis=0))
+
+
+def test_what_is_quantised_or_behind_a_prompt_has_gates():
+    prompt = prompts.border(canvas=8, inner=6, channels=1)
+    for inner in (constraints.quantised(), constraints.prompted(prompt)):
+        training = train.constrain(plainly(PERCEPTRON), inner, egp(1))
+        program = train.make_program(training)
+        form = jax.eval_shape(program.init, jax.random.key(0), digits())
+        assert list(gates_of(form).active) == list(HIDDEN)
+        feeding = gating.layers_of(program, form.state, digits()).activations
+        kernels = [own.kernels for own in feeding.values()]
+        assert kernels == [("dense1",), ("dense2",), ("dense3",)]
+        assert gates.leaf_of(form.state.params, "dense3", "kernel").endswith("kernel")
 
 
 # EGP and NEPENTHE
@@ -251,10 +303,10 @@ def test_egp_prunes_the_budgets_of_layers_by_magnitude():
 
 
 def test_a_layer_that_all_goes_through_keeps_a_weight():
-    program = program_of(egp, PERCEPTRON, 2, 0.6)
+    program = program_of(egp, PERCEPTRON, 2, 0.05)
     progress = begun(program)
     for number in (1, 2):
-        progress = entered(program, progress, number)
+        progress = entered(program, progress, number, egp(2, 0.6))
         if int(progress.phase) > 2:
             break
         assert min(mask_counts(progress).values()) >= 1
@@ -266,9 +318,9 @@ def test_a_block_may_lose_its_weights_and_the_stem_may_not():
     program = program_of(egp, RESIDUAL, 1, 1.0)
     after = entered(program, begun(program))
     left = mask_counts(after)
-    assert left["stem_conv/kernel"] == 1
-    assert all(n == 0 for path, n in left.items() if path.startswith("stage"))
-    assert left["head/kernel"] == 8
+    assert left["stem/kernel"] == 1
+    assert all(n == 0 for path, n in left.items() if path.startswith("block"))
+    assert left["head/kernel"] == 16
     ends = entered(program, after)  # Nothing is left to be pruned.
     assert int(ends.phase) > 10
 
@@ -294,10 +346,10 @@ def test_units_that_never_change_their_state_become_linear_and_predict_the_same(
 def test_zero_is_no_state_in_nepenthe():
     # What enters the second layer is the output of a rectifier: positive or 0.
     leaves = {"dense2/kernel": np.eye(6), "dense2/bias": np.zeros(6)}
-    active = {}
+    active, program = {}, program_of(egp, PERCEPTRON, 2, 0.05)
     for states in ("egp", "nepenthe"):
-        program = program_of(egp, PERCEPTRON, 2, 0.05, states)
-        after = entered(program, with_params(begun(program), leaves))
+        before = with_params(begun(program), leaves)
+        after = entered(program, before, other=egp(2, 0.05, states))
         active[states] = remaining(gates_of(after).active)
     assert active == {"egp": list(HIDDEN), "nepenthe": ["relu1", "relu3"]}
 
@@ -306,10 +358,10 @@ def test_zero_is_no_state_in_nepenthe():
 
 
 def test_tlc_goes_by_scales_and_biases_and_lets_through_what_is_on():
-    program, rng = program_of(tlc, RESIDUAL, 5), np.random.default_rng(0)
+    program, rng = program_of(egp, RESIDUAL, 1, 1.0), np.random.default_rng(0)
     norms = {"stem_relu": "stem_norm"}
     norms |= {f"{block}/relu1": f"{block}/norm1" for block in BLOCKS}
-    values = {n: (rng.normal(size=2), rng.normal(size=2)) for n in norms.values()}
+    values = {n: (rng.normal(size=4), rng.normal(size=4)) for n in norms.values()}
     leaves = {}
     for norm, (scale, bias) in values.items():
         leaves |= {f"{norm}/scale": scale, f"{norm}/bias": bias}
@@ -323,13 +375,13 @@ def test_tlc_goes_by_scales_and_biases_and_lets_through_what_is_on():
         for path, norm in norms.items()
     }
     for number, path in enumerate(sorted(bits, key=bits.__getitem__), 1):
-        progress = entered(program, progress, number)
+        progress = entered(program, progress, number, tlc(5))
         assert int(progress.memory["removed"][path]) == number
         _, bias = values[norms[path]]
         np.testing.assert_array_equal(gates_of(progress).open[path], bias >= 0)
     # The others come after the sum with a shortcut.
     assert len(remaining(gates_of(progress).active)) == 2
-    assert int(entered(program, progress, 4).phase) > 10
+    assert int(entered(program, progress, 4, tlc(5)).phase) > 10
 
 
 # LaCoOT
@@ -368,6 +420,15 @@ def test_blocks_are_dropped_one_by_one_the_smallest_distance_first():
     assert all(own["collapse"] > 0 for own in logs)
 
 
+def test_gates_are_in_checkpoints(tmp_path):
+    program, ends, _ = collapsed_run()
+    progress = ends["1 dropped"]
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, progress, {})
+        found = checkpoints.restore(form=lambda notes: program.form(1, digits()))
+    assert same(found.state, progress)
+
+
 def test_distances_are_those_of_sorted_projections():
     program, ends, _ = collapsed_run()
     state = ends["0 dropped"].state
@@ -378,7 +439,7 @@ def test_distances_are_those_of_sorted_projections():
         state.params, state.model_state.own, x
     )
     for block, own in zip(BLOCKS, jax.random.split(key, 2), strict=True):
-        theta = np.asarray(regularizers.directions(own, 5, 72))
+        theta = np.asarray(regularizers.directions(own, 5, 4))
         x, y = (np.asarray(part).reshape(32, -1) @ theta.T for part in found[block])
         gap = np.sort(x, axis=0) - np.sort(y, axis=0)
         expected = np.sqrt((gap**2).mean(axis=0)).max()

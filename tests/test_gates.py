@@ -9,7 +9,7 @@ import pytest
 import runs
 from flax import linen as nn
 
-from d2sparse import models
+from d2sparse import models, surgery
 from d2sparse.models import gates
 from d2sparse.models.layers import ReLU, batch_norm, conv, dense
 from d2sparse.models.mlp import MLP
@@ -87,6 +87,22 @@ def test_a_dropped_block_is_the_network_without_it():
     )
     np.testing.assert_allclose(forward(drop)[0], expected, atol=1e-5)
     assert np.abs(forward(state)[0] - expected).max() > 1e-3
+
+
+def test_two_layers_around_a_closed_gate_are_merged_exactly():
+    params, state, forward = begun(PERCEPTRON, "flat")
+    through = np.arange(6) > 1
+    first, second = (surgery.Dense(**params[f"dense{n}"]) for n in (1, 2))
+    first = jax.tree.map(
+        lambda leaf: leaf * through.reshape(*[1] * (leaf.ndim - 1), -1), first
+    )
+    merged = surgery.merge_dense(first, second)._asdict()
+    shorter = models.from_linen(MLP((5,), 3))
+    logits, _ = shorter.apply(
+        {"dense1": merged, "head": params["head"]}, {}, FLAT, train=False
+    )
+    closed_logits, _ = forward(closed(state, "relu1", through))
+    np.testing.assert_allclose(logits, closed_logits, atol=1e-5)
 
 
 def test_open_gates_change_nothing_and_statistics_are_recorded():

@@ -75,6 +75,11 @@ def layer_collapse(
     Raises:
       ValueError: a number is out of its range, or when applied, as in `with_gates`;
         when the training begins, there is no block that keeps the shape of its input.
+
+    >>> from d2sparse import models, train
+    >>> plain = train.plain(models.resnet8(), train.images_like((8, 8, 3)))
+    >>> [(phase.stop, phase.title) for phase in layer_collapse(removed=1)(plain).phases]
+    [(1000, '0 dropped'), (1000, '1 dropped')]
     """
     check_number("weight", weight, 0, _MOST)
     check_whole("removed", removed, least=1)

@@ -76,6 +76,11 @@ def easier(rounds: int = 4, order: Order = "lowest") -> Constraint:
     Raises:
       ValueError: a number or a choice is unknown, or when applied, as in `with_gates`;
         when the training begins, there are not two activation functions.
+
+    >>> from d2sparse import models, train
+    >>> plain = train.plain(models.resnet8(), train.images_like((8, 8, 3)))
+    >>> [phase.title for phase in easier(rounds=2)(plain).phases]
+    ['0 removed', '1 removed', '2 removed']
     """
     check_whole("rounds", rounds, least=1)
     check_choice("order", order, get_args(Order))

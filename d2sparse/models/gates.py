@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core.tracers import current_trace
 
 from d2sparse import tree
 from d2sparse.models.base import Model
@@ -118,16 +119,19 @@ def find_layers(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> Layers:
     (19, 'stem_norm', 'stage2_block2')
     """
     calls: list[_Call] = []
+    here: list[Any] = []
 
     def intercept(
         layer: Callable[..., Any], args: Any, kwargs: Any, context: Any
     ) -> Any:
         result = layer(*args, **kwargs)
-        if context.method_name == "__call__" and args:
+        is_rehearsal = current_trace() != here[0]  # Such as `jax.eval_shape` inside.
+        if context.method_name == "__call__" and args and not is_rehearsal:
             calls.append(_call(context.module, Tap(args[0], result)))
         return result
 
     def traced(*args: Any) -> None:
+        here.append(current_trace())
         with nn.intercept_methods(intercept):
             apply(*args, **kwargs)
 
