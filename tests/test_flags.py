@@ -131,7 +131,7 @@ def has_effect(config, name, before):
 BY_DEFAULT = {
     *("dense_short", "dense_narrow", "dense_averaged", "self_distilled", "rigl"),
     *("granet", "one_shot", "wanda", "top_kast", "str", "powerprop", "imp_capped"),
-    *("l2_thresholded", "lobster"),
+    *("l2_thresholded", "lobster", "group_lasso"),
     *("soup", "free_tickets", "dense_mutual", "d2_consolidated", "d2_annealed"),
     *("easier", "egp", "lacoot"),
 }

@@ -7,6 +7,7 @@
 `latent`: the forward pass sees other weights than those that are trained.
 `scored`: pruned by scores on the training data.
 `decayed`: weights decay by how insensitive the loss or the outputs are to them.
+`grouped`: whole neurons become 0 by group lasso.
 `thresholded`: pruned by a threshold whenever the validation loss has stopped falling;
 `bisection`, `held_out`: the search for it, the examples that it is validated on.
 `lottery`: train, prune, rewind, repeat. `soups`: retrain several times and average.
@@ -38,6 +39,7 @@ from d2sparse.constraints.descent import distilled_rounds
 from d2sparse.constraints.distilled import distilled, finished
 from d2sparse.constraints.ensembles import free_tickets
 from d2sparse.constraints.gating import count_states_on, layers_of
+from d2sparse.constraints.grouped import group_lasso
 from d2sparse.constraints.growing import (
     Moves,
     rigl,
@@ -137,6 +139,7 @@ __all__ = [
     "gradual",
     "granet",
     "grasp",
+    "group_lasso",
     "iterative_magnitude",
     "kept",
     "label_mapped",

@@ -94,7 +94,7 @@ def decayed(
         check_function("where", where, "path, leaf", "tree.is_kernel")
 
     def constrained(training: Training) -> Training:
-        _refuse_masks(training)
+        refuse_decided(training, "decayed")
         chosen = training.network.prunable if where is None else where
         kind = score if score in ("gradient", "constant") else "given"
 
@@ -120,12 +120,17 @@ def decayed(
     return constrained
 
 
-def _refuse_masks(training: Training) -> None:
+def refuse_decided(training: Training, who: str) -> None:
+    """Refuses a training under masks, or of several networks, for what goes inside.
+
+    Raises:
+      ValueError: naming both.
+    """
     for what in ("the masks", "the networks"):
         if what in training.claims:
             raise ValueError(
-                f"expected decayed before what decides {what}, got it after "
-                f"{training.claims[what]}; put it first, so that the decay is inside"
+                f"expected {who} before what decides {what}, got it after "
+                f"{training.claims[what]}; put it first, so that it is inside"
             )
 
 

@@ -18,6 +18,7 @@ from d2sparse.constraints.depth import easier, egp, tlc
 from d2sparse.constraints.descent import distilled_rounds
 from d2sparse.constraints.distilled import distilled, finished
 from d2sparse.constraints.ensembles import free_tickets
+from d2sparse.constraints.grouped import group_lasso
 from d2sparse.constraints.growing import rigl, set_, sparse_momentum, static
 from d2sparse.constraints.lottery import iterative_magnitude, kept
 from d2sparse.constraints.options import Options
@@ -225,6 +226,10 @@ METHODS: Mapping[str, Method] = {
     "serene": Method(_thresholded("neurons"), tries=_STRENGTHS),
     "serene_lower": Method(_thresholded("neurons_lower"), tries=_STRENGTHS),
     "neuron_lobster": Method(_thresholded("neuron_gradients"), tries=_STRENGTHS),
+    "group_lasso": Method(
+        lambda o: (group_lasso(o.group_sparsity, o.group_strength),),
+        tries={"group_strength": (1e-4, 3e-4, 1e-3)},
+    ),
     "imp": _prunes(_imp, tries=_REWINDS),
     "imp_capped": Method(_imp, _CAPPED, _REWINDS),
     "rise": Method(

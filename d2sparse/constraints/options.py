@@ -67,6 +67,12 @@ class Options:
     patience: int = 3
     tolerance: float = 0.05  # part by which a pruning may raise that loss
 
+    # Hidden neurons that group_lasso leaves no weights, a part of all.
+    group_sparsity: float = 0.5
+    # What it takes off the root mean square of their weights in every step, whatever
+    # the learning rate is; after three quarters of the training as much as is needed.
+    group_strength: float = 0.0003
+
     rounds: int = 5  # prunings of imp, soup and swamp
     rewind_fraction: float = 0.1  # part of a round whose weights are rewound to
     # What goes back between rounds: weights and learning rate, or the latter alone.
@@ -210,6 +216,7 @@ _LEAST = {
     "threshold_interval": 0,
     "patience": 1,
     "tolerance": 0,
+    "group_strength": 0,
     "rounds": 1,
     "members": 1,
     "depth_rounds": 1,
@@ -218,7 +225,7 @@ _LEAST = {
     "horizon": 0,
 }
 _FRACTIONS = (
-    "decay_strength",
+    *("decay_strength", "group_sparsity"),
     *("drop_fraction", "prune_at", "start_sparsity", "rewind_fraction", "explore"),
     *("trust_threshold", "finish_part", "depth_fraction"),
 )
