@@ -110,7 +110,7 @@ DENSE = ("self_distilled", "rise")  # Frozen weights of rise stay.
 DEPTH = ("easier", "easier_random", "egp", "nepenthe", "lacoot", "tlc")
 # They need hidden neurons.
 HIDDEN = ("serene", "serene_lower", "neuron_lobster", "group_lasso")
-APART = ("fixed", "dense_narrow", *HIDDEN, *DEPTH)
+APART = ("fixed", "dense_narrow", "imp_stopped", *HIDDEN, *DEPTH)
 ZOO = tuple(name for name in METHODS if name not in APART)
 # Rows that are another one with flags: those that they set, or these.
 VARIANTS = {

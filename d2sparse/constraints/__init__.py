@@ -13,7 +13,7 @@
 `lottery`: train, prune, rewind, repeat. `soups`: retrain several times and average.
 `ensembles`: several networks out of one training.
 `distilled`: a network learns from one that was trained before it; `descent`: while it
-is pruned in rounds.
+is pruned in rounds, or until its units are decided.
 `coupled`: two networks teach each other (D2-Sparse); `paired`: under one budget.
 `depth`: activation functions become linear; `collapsed`: blocks are left out.
 `quantised`: weights and activations of few bits.
@@ -35,7 +35,7 @@ from d2sparse.constraints.collapsed import layer_collapse
 from d2sparse.constraints.coupled import coupled, pair_masks
 from d2sparse.constraints.decayed import decayed
 from d2sparse.constraints.depth import easier, egp, tlc
-from d2sparse.constraints.descent import distilled_rounds
+from d2sparse.constraints.descent import distilled_rounds, stopped_by_entropy
 from d2sparse.constraints.distilled import distilled, finished
 from d2sparse.constraints.ensembles import free_tickets
 from d2sparse.constraints.gating import count_states_on, layers_of
@@ -171,6 +171,7 @@ __all__ = [
     "sr_ste",
     "started_from",
     "static",
+    "stopped_by_entropy",
     "stream",
     "stream_steps",
     "swamp",

@@ -157,9 +157,15 @@ def count_states_on(
     with all their positions, in one pass.
 
     Raises:
+      ValueError: the network has no activation functions that are Linen modules.
       FloatingPointError: what enters an activation function is not finite.
     """
     found = layers_of(program, state, data).activations
+    if not found:
+        raise ValueError(
+            "expected activation functions that are Linen modules, to count states at, "
+            "got none; make them such modules, as models.layers.ReLU"
+        )
     count = _counter(program.training.model.apply, program.training.inputs)
     counts = {path: _none((own.channels,)) for path, own in found.items()}
     for rows, where in passes(len(data.labels)):

@@ -15,7 +15,7 @@ from d2sparse.constraints.collapsed import layer_collapse
 from d2sparse.constraints.coupled import coupled
 from d2sparse.constraints.decayed import Sensitivity, decayed
 from d2sparse.constraints.depth import easier, egp, tlc
-from d2sparse.constraints.descent import distilled_rounds
+from d2sparse.constraints.descent import distilled_rounds, stopped_by_entropy
 from d2sparse.constraints.distilled import distilled, finished
 from d2sparse.constraints.ensembles import free_tickets
 from d2sparse.constraints.grouped import group_lasso
@@ -139,6 +139,7 @@ UNCOUPLED = Coupling(fast=0.0, slow=0.0, masks=0.0)
 _TAILS = {"tail": (0.1, 0.25, 0.5)}
 _TEACHING = {"coupling": (0.5, 1.0, 2.0)}
 _REWINDS = {"rewind_fraction": (0.0, 0.1, 0.2)}
+_DROPPED = {"entropy_drop": (0.1, 0.2, 0.3, 0.5)}
 _RADII = {"sharpness": (0.02, 0.05, 0.1)}
 _PRUNE_AT = {"prune_at": (0.25, 0.5, 0.75)}
 _EGP = {"depth_fraction": (0.2, 0.5, 0.8)}
@@ -237,6 +238,9 @@ METHODS: Mapping[str, Method] = {
             iterative_magnitude(o.sparsity, o.rounds, o.rewinds._replace(frozen=True)),
         ),
         tries=_REWINDS,
+    ),
+    "imp_stopped": Method(
+        lambda o: (*_imp(o), stopped_by_entropy(o.entropy_drop)), tries=_DROPPED
     ),
     "imp_distilled": Method(
         lambda o: (

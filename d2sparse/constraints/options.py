@@ -77,6 +77,8 @@ class Options:
     rewind_fraction: float = 0.1  # part of a round whose weights are rewound to
     # What goes back between rounds: weights and learning rate, or the latter alone.
     rewinding: Literal["weights", "learning_rate"] = "weights"
+    # Part of the entropy of units that is gone where imp_stopped prunes no more.
+    entropy_drop: float = 0.3
     members: int = 2  # networks of free_tickets, and of a round of soup and swamp
     explore: float = 0.5  # part of the training before free_tickets anneals the first
 
@@ -228,6 +230,7 @@ _FRACTIONS = (
     *("decay_strength", "group_sparsity"),
     *("drop_fraction", "prune_at", "start_sparsity", "rewind_fraction", "explore"),
     *("trust_threshold", "finish_part", "depth_fraction"),
+    "entropy_drop",
 )
 _BITS = ("bits", "edge_bits")
 _CHOICES = {
