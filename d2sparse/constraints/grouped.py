@@ -25,15 +25,17 @@ from d2sparse.transforms import group_budget
 from d2sparse.tree import Prunable
 
 
-def group_lasso(sparsity: float, strength: float = 3e-4) -> Constraint:
+def group_lasso(sparsity: float, strength: float = 1e-3) -> Constraint:
     """Hidden neurons lose all incoming weights, up to a budget all layers share.
 
     A proximal step of the group lasso after every update, see
     `transforms.group_budget`: its strength decides how soon neurons fall, and the
     sparsity how many may. What the strength has not done in the first three quarters of
-    the training is done at once then. Every layer keeps a neuron; biases stay, so that
-    a neuron without weights is a constant. The output layer, whose neurons are the
-    classes, is left out: the last dense kernel in the tree with as many.
+    the training is done at once then; if that is most of it, since the strength is too
+    small, the network loses much of what it has learned. Every layer keeps a neuron.
+    Biases stay, so that a neuron without weights is a constant. The output layer, whose
+    neurons are the classes, is left out: the last dense kernel in the tree with as
+    many.
 
     Both numbers are settings of a run, "group_sparsity" and "group_strength".
 

@@ -9,6 +9,8 @@ import numpy as np
 from d2sparse import data as sets
 from d2sparse.train import Data, Program, Progress, TrainState, check_finite, take
 
+_take = jax.jit(take)  # At every check, of as many examples.
+
 
 def split_of(
     state: TrainState, data: Data, fraction: float
@@ -32,7 +34,7 @@ def split_of(
 
 def held_out(state: TrainState, data: Data, fraction: float) -> Data:
     """The examples to validate on."""
-    return take(data, jnp.asarray(split_of(state, data, fraction)[1]))
+    return _take(data, jnp.asarray(split_of(state, data, fraction)[1]))
 
 
 def batches_of(

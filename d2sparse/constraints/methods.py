@@ -229,7 +229,7 @@ METHODS: Mapping[str, Method] = {
     "neuron_lobster": Method(_thresholded("neuron_gradients"), tries=_STRENGTHS),
     "group_lasso": Method(
         lambda o: (group_lasso(o.group_sparsity, o.group_strength),),
-        tries={"group_strength": (1e-4, 3e-4, 1e-3)},
+        tries={"group_strength": (3e-4, 1e-3, 3e-3)},
     ),
     "imp": _prunes(_imp, tries=_REWINDS),
     "imp_capped": Method(_imp, _CAPPED, _REWINDS),

@@ -71,7 +71,7 @@ class Options:
     group_sparsity: float = 0.5
     # What it takes off the root mean square of their weights in every step, whatever
     # the learning rate is; after three quarters of the training as much as is needed.
-    group_strength: float = 0.0003
+    group_strength: float = 0.001
 
     rounds: int = 5  # prunings of imp, soup and swamp
     rewind_fraction: float = 0.1  # part of a round whose weights are rewound to
