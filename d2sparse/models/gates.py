@@ -234,7 +234,7 @@ def remaining(gates: Mapping[str, jax.Array]) -> list[str]:
     >>> remaining({"relu1": jnp.array(True), "relu2": jnp.array(False)})
     ['relu1']
     """
-    return [path for path, gate in gates.items() if bool(gate)]
+    return [path for path, gate in jax.device_get(dict(gates)).items() if gate]
 
 
 def leaf_of(params: PyTree, layer: str, name: str) -> str:
