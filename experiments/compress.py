@@ -12,6 +12,8 @@ labels, initial weights and batches.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -25,7 +27,16 @@ class Config(study.Config):
     """What is compressed."""
 
     # What to compare: each makes something unnecessary, and removes it.
-    methods: tuple[study.MethodName, ...] = ("dense", "gradual", "imp")
+    methods: tuple[study.MethodName, ...] = (
+        *("dense", "thresholded", "l2_thresholded", "lobster", "serene_lower"),
+    )
+    samples_per_class: int = 0  # training labels of every class; 0 for all
+    steps: int = 3000  # optimiser steps of one training
+    seeds: int = 3  # runs of every method: labels, weights and order differ
+    shift: int = 0  # augmentation: random crop after padding by so many pixels
+    axes: Mapping[str, tuple[Any, ...]] = dataclasses.field(
+        default_factory=lambda: {"decay_strength": (1e-4, 4e-4, 1.6e-3)}
+    )
 
 
 def run(config: Config, model: Model | None = None) -> pd.DataFrame:

@@ -23,11 +23,7 @@ with optional(__name__):
 _COLUMNS = ("nll", "compression", "neurons", "activations", "train_accuracy")
 # Figures by name: column, label, whether on a logarithmic axis.
 _FIGURES = {
-    "compression": (
-        "compression",
-        "numbers of the dense network over those left",
-        True,
-    ),
+    "compression": ("compression", "compression ratio", True),
     "neurons": ("neurons", "neurons and channels left, of the dense network's", False),
     "depth": ("activations", "activation functions left", False),
 }
