@@ -12,14 +12,15 @@ labels, initial weights and batches.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import pandas as pd
 
 from d2sparse import study
+from d2sparse.constraints import METHODS
 from d2sparse.models import Model
 from d2sparse.study import cli, compression
+
+STRENGTHS = (1e-4, 4e-4, 1.6e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +35,17 @@ class Config(study.Config):
     steps: int = 3000  # optimiser steps of one training
     seeds: int = 3  # runs of every method: labels, weights and order differ
     shift: int = 0  # augmentation: random crop after padding by so many pixels
-    axes: Mapping[str, tuple[Any, ...]] = dataclasses.field(
-        default_factory=lambda: {"decay_strength": (1e-4, 4e-4, 1.6e-3)}
-    )
 
 
 def run(config: Config, model: Model | None = None) -> pd.DataFrame:
-    """Trains what has not finished yet, and reports on all of it: a row a run."""
+    """Trains what has not finished yet, and reports on all of it: a row a run.
+
+    Without a strength or an axis, decays are compared at the strengths of `STRENGTHS`.
+    """
+    used = study.flags_used([METHODS[name] for name in config.methods], config)
+    is_open = not config.axes and "decay_strength" not in study.given(config)
+    if "decay_strength" in used and is_open:
+        config = dataclasses.replace(config, axes={"decay_strength": STRENGTHS})
     experiment = study.Experiment(
         "compress", ("dense",), examine=compression.examine, report=compression.report
     )
