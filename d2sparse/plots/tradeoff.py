@@ -32,7 +32,7 @@ def accuracy_against(
     Args:
       rows: with the fields method, accuracy (a fraction, the mean over seeds), its
         deviation over seeds and `key`. Rows without a finite `key` are left out.
-      key: what the horizontal axis shows.
+      key: what the horizontal axis shows; fractions are shown in per cent.
       label: what it says.
       accuracy: what the vertical axis says.
       log: a logarithmic horizontal axis, for ratios.
@@ -62,6 +62,8 @@ def accuracy_against(
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
+        elif max(row[key] for row in shown) <= 1:
+            axes.xaxis.set_major_formatter(as_percent)
         axes.yaxis.set_major_formatter(as_percent)
         axes.set(xlabel=label, ylabel=accuracy)
         axes.set_title("mean over seeds and its standard deviation", color="0.3")

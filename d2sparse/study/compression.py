@@ -1,5 +1,6 @@
 """How small a network has become: its numbers, neurons and layers, and their states."""
 
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
@@ -149,10 +150,11 @@ def _mean(each: "pd.Series[Any]") -> dict[str, float]:
 
 def _draw(comparison: Comparison, parts: "pd.DataFrame") -> None:
     rows, label = reporting.labelled(comparison, parts), judged(comparison.config)
+    lines = _lines(comparison, parts)
     for name, (key, axis, log) in _FIGURES.items():
         if np.unique(parts[key].dropna()).size > 1:
             figure = plots.accuracy_against(
-                rows, key, axis, f"{label} accuracy", log=log
+                lines, key, axis, f"{label} accuracy", log=log
             )
             comparison.out.save_figure(f"accuracy_against_{name}", figure)
     going_on = {row["method"] for row in rows if row["part"]}
@@ -160,3 +162,14 @@ def _draw(comparison: Comparison, parts: "pd.DataFrame") -> None:
     if seen:
         figure = plots.entropies_of_layers(seen)
         comparison.out.save_figure("entropy_of_layers", figure)
+
+
+def _lines(comparison: Comparison, parts: "pd.DataFrame") -> list[dict[str, Any]]:
+    """Rows for a line a method: through its parts, or through its strengths."""
+    config = comparison.config
+    if parts["part"].max():
+        return reporting.labelled(comparison, parts)
+    names = [n for n, values in config.axes.items() if isinstance(values[0], str)]
+    axes = {name: config.axes[name] for name in names}
+    named = dataclasses.replace(config, axes=axes)
+    return reporting.labelled(comparison._replace(config=named), parts)
