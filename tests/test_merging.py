@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from d2sparse.surgery import Convolution, Dense, merge_convolutions, merge_dense
+from d2sparse import models
+from d2sparse.models import gates
+from d2sparse.models.mlp import MLP
+from d2sparse.surgery import (
+    Convolution,
+    Dense,
+    merge_convolutions,
+    merge_dense,
+    merge_perceptron,
+)
 
 rng = np.random.default_rng(0)
 BIASES = list(itertools.product([False, True], repeat=2))
@@ -213,3 +222,27 @@ def test_dense_layers_that_do_not_follow_one_another_are_refused():
         merge_dense(Dense(normal(3, 5)), Dense(normal(4, 2)))
     with pytest.raises(ValueError, match=r"got shapes \(3, 5, 4\) and \(5, 4, 2\)"):
         merge_dense(Dense(normal(3, 5, 4)), Dense(normal(5, 4, 2)))
+
+
+@pytest.mark.parametrize("linear", [(), ("relu1",), ("relu2",), ("relu1", "relu2")])
+def test_a_perceptron_without_linear_activations_computes_the_same(linear):
+    model = gates.gated(models.from_linen(MLP((5, 4), 3)))
+    x = np.random.default_rng(0).normal(size=(7, 6)).astype(np.float32)
+    params, state = model.init(jax.random.key(0), x)
+    own = state.gates
+    for path in linear:
+        through = np.arange(len(own.open[path])) != 1
+        own = gates.linearised(own, path, through)
+    expected, _ = model.apply(params, state._replace(gates=own), x, train=False)
+    smaller, merged = merge_perceptron(params, own)
+    shapes = jax.tree.map(np.shape, merged)
+    assert len(merged) == 3 - len(linear)
+    assert shapes == jax.tree.map(np.shape, smaller.init(jax.random.key(1), x)[0])
+    found, _ = smaller.apply(merged, {}, x, train=False)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_only_perceptrons_are_merged_as_a_whole():
+    params = {"conv1": {"kernel": np.ones((3, 3, 1, 2))}, "head": {}}
+    with pytest.raises(ValueError, match=r"expected .* a perceptron.* got \['conv1'"):
+        merge_perceptron(params, gates.Gates({}, {}, {}))

@@ -708,7 +708,7 @@ def test_skipped_updates_do_not_hide_a_network_that_has_diverged(tmp_path):
         workdir=str(tmp_path / "run"),
         progress=False,
     )
-    layers = models.from_linen(MLP((4,), 10))
+    layers = models.from_linen(MLP((4, 4), 10))
     with runs.blank_figures():
         study.compare(config, study.Experiment("prune"), model=layers)
     failed = read(tmp_path / "run" / "summary.json")["failed"]

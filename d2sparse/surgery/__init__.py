@@ -6,10 +6,12 @@ from d2sparse.surgery.merging import (
     merge_convolutions,
     merge_dense,
 )
+from d2sparse.surgery.perceptrons import merge_perceptron
 
 __all__ = [
     "Convolution",
     "Dense",
     "merge_convolutions",
     "merge_dense",
+    "merge_perceptron",
 ]
