@@ -31,6 +31,8 @@ class Config(study.Config):
     methods: tuple[study.MethodName, ...] = (
         *("dense", "thresholded", "l2_thresholded", "lobster", "serene_lower"),
     )
+    # Of a decay in a step; not multiplied by the learning rate. 0: three are compared.
+    decay_strength: float = 0.0
     samples_per_class: int = 0  # training labels of every class; 0 for all
     steps: int = 3000  # optimiser steps of one training
     seeds: int = 3  # runs of every method: labels, weights and order differ
@@ -38,14 +40,12 @@ class Config(study.Config):
 
 
 def run(config: Config, model: Model | None = None) -> pd.DataFrame:
-    """Trains what has not finished yet, and reports on all of it: a row a run.
-
-    Without a strength or an axis, decays are compared at the strengths of `STRENGTHS`.
-    """
+    """Trains what has not finished yet, and reports on all of it: a row a run."""
     used = study.flags_used([METHODS[name] for name in config.methods], config)
-    is_open = not config.axes and "decay_strength" not in study.given(config)
+    is_open = not config.decay_strength and "decay_strength" not in config.axes
     if "decay_strength" in used and is_open:
-        config = dataclasses.replace(config, axes={"decay_strength": STRENGTHS})
+        axes = {**config.axes, "decay_strength": STRENGTHS}
+        config = dataclasses.replace(config, axes=axes)
     experiment = study.Experiment(
         "compress", ("dense",), examine=compression.examine, report=compression.report
     )

@@ -144,3 +144,19 @@ def test_a_panel_a_method_has_a_line_a_layer():
     np.testing.assert_allclose(lines["relu2"].get_ydata(), [0, 0.1, 0.2])
     with pytest.raises(ValueError, match="got none"):
         plots.entropies_of_layers([])
+
+
+def test_decays_are_compared_at_three_strengths_or_those_that_are_given(monkeypatch):
+    asked = []
+    monkeypatch.setattr(compress.study, "compare", lambda c, e, model: asked.append(c))
+    compress.run(compress.Config())
+    compress.run(compress.Config(decay_strength=4e-4))
+    compress.run(compress.Config(methods=("dense", "imp")))
+    compress.run(compress.Config(axes={"weight_decay": (0.0, 0.1)}))
+    strengths = {"decay_strength": compress.STRENGTHS}
+    assert [c.axes for c in asked] == [
+        strengths,
+        {},
+        {},
+        {"weight_decay": (0.0, 0.1)} | strengths,
+    ]
