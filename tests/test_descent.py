@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from runs import quick_compilation
 from tiny import (
     BATCH,
     CLASSES,
@@ -28,6 +29,13 @@ from d2sparse.models.mlp import MLP
 from d2sparse.reparam import nonzero_masks
 from d2sparse.train import constrain, make_program
 from d2sparse.transforms import get_masks
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_compilation():
+        yield
+
 
 STEPS, SPARSITY, LESSON = 6, 0.75, (2.0, 3.0)
 TOTAL = sum(int(np.prod(shape)) for shape in SHAPES.values())
