@@ -3,12 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
 from runs import read
 
 from d2sparse import models, plots, train
+from d2sparse.models.gates import Gates
 from d2sparse.models.mlp import MLP
 from d2sparse.study import compression
 from experiments import compress
@@ -160,3 +162,15 @@ def test_decays_are_compared_at_three_strengths_or_those_that_are_given(monkeypa
         {},
         {"weight_decay": (0.0, 0.1)} | strengths,
     ]
+
+
+def test_activations_are_gone_that_are_linear_or_in_a_dropped_block():
+    gates = Gates(
+        {"stem": jnp.array(True), "block/relu": jnp.array(True), "last": False},
+        {},
+        {"block": jnp.array(False), "blocks": jnp.array(True)},
+    )
+    state = {"own": 0, "gates": gates}
+    names = ["stem", "block/relu", "blocks/relu", "last"]
+    assert compression._gone(state, names) == {"block/relu", "last"}
+    assert compression._gone({"mean": jnp.zeros(2)}, names) == set()

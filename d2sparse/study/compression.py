@@ -36,11 +36,11 @@ def examine(end: End) -> dict[str, Any]:
     Returns:
       compression: numbers of the dense network over those stored; neurons: part of the
       neurons and channels before activation functions that have a live incoming weight;
-      activations: functions that are not linear; entropies: mean ON/OFF entropy of
-      channels over the training examples, in bits by activation function, 0 where it is
-      linear; entropy: their mean; train_accuracy: on the labels it is trained on. NaN
-      and empty where it has no activation functions that are Linen modules, and for
-      several networks at once.
+      activations: functions that are neither linear nor in a dropped block; entropies:
+      mean ON/OFF entropy of channels over the training examples, in bits by activation
+      function, 0 where it is gone; entropy: their mean; train_accuracy: on the labels
+      it is trained on. NaN and empty where it has no activation functions that are
+      Linen modules, and for several networks at once.
     """
     training, state, data = end.program.training, end.state, end.splits.train
     masks = jax.device_get(training.masks(state))
@@ -83,19 +83,23 @@ def entropies_of(
     """Mean ON/OFF entropy of the channels of every activation function, in bits.
 
     Returns:
-      By activation function; None where it has become linear.
+      By activation function; None where it has become linear, or its block is dropped.
     """
     counts = count_states_on(program, state, data)
     entropies = metrics.layer_entropy(counts, zero="off", varying_only=False)
-    linear = _linear(state.model_state)
-    return {n: None if n in linear else float(h) for n, h in entropies.items()}
+    gone = _gone(state.model_state, entropies)
+    return {n: None if n in gone else float(h) for n, h in entropies.items()}
 
 
-def _linear(model_state: Any) -> set[str]:
-    """Activation functions that gates have made linear."""
+def _gone(model_state: Any, names: Collection[str]) -> set[str]:
+    """Activation functions that gates have made linear, or dropped with their block."""
     nodes = jax.tree.leaves(model_state, is_leaf=lambda n: isinstance(n, Gates))
-    found = [node.active for node in nodes if isinstance(node, Gates)]
-    return {name for active in found for name, on in active.items() if not bool(on)}
+    gone: set[str] = set()
+    for gates in (node for node in nodes if isinstance(node, Gates)):
+        dropped = [block for block, on in gates.blocks.items() if not bool(on)]
+        gone |= {name for name, on in gates.active.items() if not bool(on)}
+        gone |= {n for n in names if any(n.startswith(f"{b}/") for b in dropped)}
+    return gone
 
 
 def report(comparison: Comparison) -> dict[str, Any]:
