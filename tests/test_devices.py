@@ -154,6 +154,7 @@ def test_runs_beside_each_other_are_the_runs_alone(network, data_parallel):
         assert_close(state, alone[number])
 
 
+@pytest.mark.slow
 def test_runs_on_devices_of_their_own_do_not_speak_to_each_other():
     step, init = make_run("centred")
     mesh = train.make_mesh(runs=2)
