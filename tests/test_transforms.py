@@ -550,9 +550,9 @@ def test_runs_by_vmap_equal_runs_one_by_one():
         return params, get_masks(state)
 
     keys, sparsities = jax.random.split(jax.random.key(5), 2), jnp.array([0.5, 0.75])
-    swept = jit(jax.vmap(run))(keys, sparsities)
+    swept, alone = jit(jax.vmap(run))(keys, sparsities), jit(run)
     for i in range(2):
-        params, live = run(keys[i], sparsities[i])
+        params, live = alone(keys[i], sparsities[i])
         swept_params, swept_live = jax.tree.map(lambda leaf, i=i: leaf[i], swept)
         assert_same(swept_live, live)
         assert_close(swept_params, params)
