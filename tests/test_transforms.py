@@ -190,7 +190,7 @@ def check_update(before, after, params, updates, inner):
     assert_close(seen.inner, masked_by_path(moments, live))
 
 
-# A rule that grows and two that prune; tests/test_every_optimiser.py has the optimisers.
+# Rules that grow and prune; tests/test_every_optimiser.py has the other optimisers.
 BY_DEFAULT = [
     ("rigl", "sgd", "partition"),
     ("movement", "lion", "inject"),
