@@ -135,7 +135,7 @@ COMPOSED = (
     *("d2_consolidated", "d2_averaged_distilled", "imp_distilled"),
     *("thresholded", "l2_thresholded", "sensitivity"),
     # Other scores than that of snip, and fewer steps than those of dense.
-    *("grasp", "fisher", "synflow", "dense_short"),
+    *("grasp", "fisher", "dense_short"),
     *("dense_averaged", "dense_mutual"),
 )
 TRAINED = tuple(name for name in ZOO if name not in (*VARIANTS, *COMPOSED))
