@@ -65,7 +65,8 @@ def sr_ste(params: PyTree, masks: PyTree, decay: float | jax.Array = 2e-4) -> Py
     ...     masks = n_of_m(4)({"w": jnp.abs(params["w"])}, {"w": 2})
     ...     return sr_ste(params, masks, decay=0.5)["w"].sum()
     >>> params = {"w": jnp.array([[4.0], [-1.0], [2.0], [-3.0]])}
-    >>> float(loss(params)), jax.grad(loss)(params)["w"][:, 0].tolist()
+    >>> value, slope = jax.jit(jax.value_and_grad(loss))(params)
+    >>> float(value), slope["w"][:, 0].tolist()
     (1.0, [1.0, 0.5, 2.0, 1.0])
     """
     check_number("decay", decay, 0, math.inf)

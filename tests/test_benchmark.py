@@ -109,7 +109,10 @@ def test_every_section_runs_with_its_rules(capsys):
 
 @pytest.fixture
 def params():
-    return workload.make_params("lenet_300_100", (8, 8, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "make_model", one_hidden_layer)
+        patch.setattr(workload, "make_model", one_hidden_layer)
+        return workload.make_params("lenet_300_100", (8, 8, 1))
 
 
 def kept_weights(params):

@@ -175,7 +175,7 @@ def test_a_users_own_network_trains_on_floats_and_sees_further_labels():
 
 
 @pytest.mark.parametrize(
-    "data_parallel", [None, pytest.param(1, marks=pytest.mark.slow), 2]
+    "data_parallel", [*(pytest.param(n, marks=pytest.mark.slow) for n in (None, 1)), 2]
 )
 def test_stacked_runs_and_several_devices_carry_further_labels(data_parallel):
     def step(state, data, indices):

@@ -134,7 +134,9 @@ def compiled(distribution, case):
     return jax.jit(jax.vmap(lambda sparsity: distribution(SHAPES[case], sparsity)))
 
 
-@pytest.mark.parametrize("distribution", LAYERED)
+@pytest.mark.parametrize(
+    "distribution", [uniform, pytest.param(er, marks=pytest.mark.slow), erk]
+)
 def test_traced_sparsities_keep_the_total(distribution):
     sparsities = np.float32(SPARSITIES)
     for case in range(6):

@@ -199,8 +199,11 @@ def test_a_run_that_is_stopped_after_every_call_comes_to_the_same_end(
     assert_same(contents(tmp_path / "run"), expected)
 
 
-def test_a_signal_saves_where_no_checkpoint_is_due(whole, tmp_path, monkeypatch):
-    own, expected = whole("together")
+@pytest.mark.parametrize(
+    "name", ["imp", pytest.param("together", marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_where_no_checkpoint_is_due(name, whole, tmp_path, monkeypatch):
+    own, expected = whole(name)
     report, told = Tracker.report, []
 
     def report_and_signal(self, progress, logs):
@@ -214,7 +217,7 @@ def test_a_signal_saves_where_no_checkpoint_is_due(whole, tmp_path, monkeypatch)
         own.run(tmp_path / "run", checkpoint_every=0)
     assert stopped.value.args == (signal.SIGTERM,)
     assert signal.getsignal(signal.SIGTERM) is handler
-    for seed in range(2):
+    for seed in range(own.config.seeds):
         saved = tmp_path / "run" / "checkpoints" / f"imp-seed{seed}"
         assert [path.name for path in saved.glob("[0-9]*")] == ["3"]
     own.run(tmp_path / "run")

@@ -134,6 +134,9 @@ COMPOSED = (
     *("set", "random", "rigl_averaged", "dense_ensemble", "uncoupled_pair"),
     *("d2_consolidated", "d2_averaged_distilled", "imp_distilled"),
     *("thresholded", "l2_thresholded", "sensitivity"),
+    # Other scores than that of snip, and fewer steps than those of dense.
+    *("grasp", "fisher", "dense_short"),
+    *("dense_averaged", "dense_mutual"),
 )
 TRAINED = tuple(name for name in ZOO if name not in (*VARIANTS, *COMPOSED))
 
@@ -443,16 +446,21 @@ def test_wanda_keeps_as_many_weights_of_every_output(zoo):
         assert count.max() - count.min() <= 1
 
 
-def test_wanda_prunes_by_its_own_activations_to_the_sparsities_of_the_table():
+@pytest.mark.parametrize("layers", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_wanda_prunes_by_its_own_activations_to_the_sparsities_of_the_table(layers):
     size = len(examples().labels)
-    flags = {"score_samples": size, "layer_sparsities": TABLE, "sparsity": 0.75}
-    plan = plan_of("wanda", layers=3, **flags)
+    table = TABLE if layers == 3 else ("head*:0.75",)
+    flags = {"score_samples": size, "layer_sparsities": table, "sparsity": 0.75}
+    plan = plan_of("wanda", layers=layers, **flags)
     progress = random_weights(begun(plan))
     params = jax.device_get(progress.state.params)
     masks = kernel_masks(entered(plan, progress))
-    assert_table(masks)
+    if layers == 3:
+        assert_table(masks)
+    else:
+        assert masks["head/kernel"].sum() == LIVE
     x = np.asarray(train.inputs(examples())).reshape(size, -1)
-    for layer in ("dense1", "dense2", "head"):
+    for layer in ("dense1", "dense2", "head")[-layers:]:
         kernel = params[layer]["kernel"]
         score = np.abs(kernel) * np.linalg.norm(x, axis=0)[:, None]
         for values, mask in zip(score.T, masks[f"{layer}/kernel"].T, strict=True):
@@ -539,7 +547,10 @@ def test_the_cost_of_a_static_mask_is_that_of_its_leaves(zoo):
     ("name", "pattern", "group", "holds"),
     [
         ("gradual", "n_of_m", 2, lambda m: m.reshape(-1, 2, m.shape[1]).sum(1) == 1),
-        ("rigl", "channels", 4, lambda m: m.all(0) | ~m.any(0)),
+        pytest.param(
+            *("rigl", "channels", 4, lambda m: m.all(0) | ~m.any(0)),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["n_of_m", "channels"],
 )
@@ -699,27 +710,24 @@ def test_the_forward_set_of_top_kast_is_part_of_what_is_trained(zoo):
 
 def test_skipped_updates_do_not_hide_a_network_that_has_diverged(tmp_path):
     config = prune.Config(
-        methods=("dense", "wanda"),
+        methods=("wanda",),
         seeds=1,
         steps=12,
         report_every=5,
-        axes={"learning_rate": (0.1, 1e38)},
+        axes={"learning_rate": (3e38,)},
         on_nonfinite="skip",
         workdir=str(tmp_path / "run"),
         progress=False,
     )
-    layers = models.from_linen(MLP((4, 4), 10))
-    with runs.blank_figures():
+    layers = models.from_linen(MLP((4,), 10))
+    with runs.blank_figures(), pytest.raises(FloatingPointError, match="all 1 runs"):
         study.compare(config, study.Experiment("prune"), model=layers)
-    failed = read(tmp_path / "run" / "summary.json")["failed"]
-    assert list(failed) == [
-        *("dense-learning_rate1e+38-seed0", "wanda-learning_rate1e+38-seed0"),
-    ]
-    for what, why in zip(("predictions", "activations"), failed.values(), strict=True):
-        assert re.match(rf"its {what} are not finite after \d+ skipped updates", why)
+    ((name, why),) = read(tmp_path / "run" / "summary.json")["failed"].items()
+    # Predictions that are not finite: see tests/test_lottery_experiment.py.
+    assert re.match(r"its activations are not finite after \d+ skipped updates", why)
     table = (tmp_path / "run" / "table.md").read_text()
-    assert all(f"{name} failed and is not counted" in table for name in failed)
-    assert len(unit_files(tmp_path / "run")) == 4
+    assert f"{name} failed and is not counted" in table
+    assert len(unit_files(tmp_path / "run")) == 1
 
 
 # Resumption
@@ -727,8 +735,8 @@ def test_skipped_updates_do_not_hide_a_network_that_has_diverged(tmp_path):
 
 # Those that have phases, a state or a loss of their own.
 RESUMED = {
-    *("rigl", "imp", "soup", "free_tickets", "str"),
-    *("self_distilled", "d2_sparse", "d2_merged"),
+    *("imp", "soup", "str"),
+    *("self_distilled", "d2_merged"),
 }
 
 

@@ -144,7 +144,9 @@ def test_a_mesh_of_explicit_axes(name, mode):
         assert live[path].sharding.is_equivalent_to(sharding, live[path].ndim)
 
 
-@pytest.mark.parametrize("what", ["top_k", "rigl"])
+@pytest.mark.parametrize(
+    "what", ["top_k", pytest.param("rigl", marks=pytest.mark.slow)]
+)
 def test_no_leaf_is_gathered_on_explicit_axes(what):
     mesh = jax.make_mesh((2, 2), ("x", "y"))
     put = {path: NamedSharding(mesh, spec) for path, spec in SPECS.items()}

@@ -165,7 +165,10 @@ def test_averages_of_both_learners_are_what_predicts():
         assert np.abs(scipy.special.softmax(last, axis=1) - expected).max() > 1e-3
 
 
-@pytest.mark.parametrize(("horizon", "rule"), [(None, "rigl"), (4, "set")])
+@pytest.mark.parametrize(
+    ("horizon", "rule"),
+    [pytest.param(None, "rigl", marks=pytest.mark.slow), (4, "set")],
+)
 def test_the_masks_of_a_pair_have_the_pattern_that_is_asked_for(horizon, rule):
     def prunable(path, leaf):
         del leaf

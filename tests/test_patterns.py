@@ -283,7 +283,9 @@ def test_ties_go_to_random_whole_groups_by_a_key(selection, groups, counts):
         assert np.any(kept["a"] != kept["b"])
 
 
-@pytest.mark.parametrize("counts", [{"a": 16, "b": 16}, 32])
+@pytest.mark.parametrize(
+    "counts", [{"a": 16, "b": 16}, pytest.param(32, marks=pytest.mark.slow)]
+)
 def test_ties_inside_a_group_go_to_random_weights_by_a_key(counts):
     scores = {"a": jnp.ones((4, 8)), "b": jnp.ones((2, 4, 4))}
     kept = drawn(n_of_m(4), scores, counts)

@@ -276,7 +276,7 @@ def test_every_sparsity_is_a_tick_on_a_log_scale_of_density():
 
 
 @pytest.mark.parametrize("sparsities", [SPARSITIES, (0.9,), (0.98, 0.99, 0.991)])
-@pytest.mark.parametrize("methods", [1, 2, 8])
+@pytest.mark.parametrize("methods", [1, pytest.param(2, marks=pytest.mark.slow), 8])
 def test_error_bars_stand_beside_each_other_and_near_their_sparsity(
     methods, sparsities
 ):
@@ -304,7 +304,7 @@ def test_error_bars_stand_beside_each_other_and_near_their_sparsity(
 
 
 @pytest.mark.parametrize("sparsities", [SPARSITIES, (0.9,)])
-@pytest.mark.parametrize("methods", [1, 2, 8])
+@pytest.mark.parametrize("methods", [1, pytest.param(2, marks=pytest.mark.slow), 8])
 def test_names_of_methods_that_meet_neither_overlap_nor_are_cut(methods, sparsities):
     rows = [
         sparse_row(f"sparse momentum {i}", s, 0.9 - i / 1e4 - s / 10)
@@ -553,7 +553,7 @@ def test_a_bar_is_the_accuracy_of_a_bin_and_a_dot_its_confidence():
     assert axes.get_title(loc="left") == f"rigl\nECE {100 * (1 + 3 + 6) / 70:.1f}%"
 
 
-@pytest.mark.parametrize("methods", [1, 4, 6])
+@pytest.mark.parametrize("methods", [1, pytest.param(4, marks=pytest.mark.slow), 6])
 def test_every_method_has_a_panel(methods):
     bins = {f"method{i}": own_bins() for i in range(methods)}
     figure = plots.reliability_diagram(bins)

@@ -228,7 +228,16 @@ def test_half_precision_comes_back_as_it_is(name):
     assert prompt.init(KEY).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize(
+    "name",
+    # One that stands still and one that moves.
+    [
+        pytest.param(
+            name, marks=() if name in ("border", "random") else pytest.mark.slow
+        )
+        for name in PROMPTS
+    ],
+)
 def test_seeds_are_mapped_and_begin_as_they_are_told(name):
     make = {
         "border": functools.partial(border, 7, 4),

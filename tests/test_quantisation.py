@@ -422,7 +422,14 @@ def test_layers_see_rounded_inputs(seen):
     np.testing.assert_allclose(logits, x, atol=1e-4)
 
 
-@pytest.mark.parametrize(("bits", "least"), [(8, 0.98), (4, 0.78), (3, 0.6)])
+@pytest.mark.parametrize(
+    ("bits", "least"),
+    [
+        pytest.param(8, 0.98, marks=pytest.mark.slow),
+        (4, 0.78),
+        pytest.param(3, 0.6, marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_of_the_input_point_the_same_way(bits, least, seen):
     dense = input_gradient(MODEL.apply, WEIGHTS)
 

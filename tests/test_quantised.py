@@ -12,12 +12,11 @@ from d2sparse import data, models, quantisation, train
 from d2sparse.constraints import (
     MIXES,
     Learners,
-    Moves,
     Options,
     averaged,
     paired,
     quantised,
-    rigl,
+    static,
 )
 from d2sparse.models.mlp import MLP
 from d2sparse.train import Recipe, constrain, fit, make_program, plain
@@ -76,9 +75,7 @@ def test_a_network_of_few_bits_learns_and_is_what_is_evaluated():
 
 
 def test_masks_come_first_and_zeros_stay():
-    training, state, accuracy = learned(
-        quantised(4, 8), rigl(0.8, Moves(15, growth_samples=64)), averaged(0.5)
-    )
+    training, state, accuracy = learned(quantised(4, 8), static(0.8), averaged(0.5))
     assert accuracy > 0.6
     masks = get_masks(state.opt_state)
     few_bits = jax.jit(lambda params: quantisation.quantise_weights(params, 4))

@@ -34,8 +34,10 @@ MORE = [
     ("small", "magnitude, global", 2),
 ]
 CASES = [
-    *(("small", method, 8) for method in METHODS),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (*(("small", method, 8) for method in METHODS), *MORE)
+    ),
     ("wide", "magnitude, each leaf", 2),
     ("wide", "magnitude, global", 4),
     ("wide", "RigL", 8),

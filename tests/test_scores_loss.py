@@ -88,7 +88,10 @@ def test_one_batch_equals_its_halves_inside_jit_and_outside(made):
     assert np.ptp(whole["hidden"]["kernel"]) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["grasp", "fisher", "fisher_of_model"])
+@pytest.mark.parametrize(
+    "name",
+    ["grasp", "fisher", pytest.param("fisher_of_model", marks=pytest.mark.slow)],
+)
 def test_every_example_weighs_the_same_in_batches_of_two_sizes(name):
     batch, params = data(), network()
     whole = ranked(MADE[name]([batch]), params)
@@ -181,7 +184,10 @@ def flat_loss(batch, temperature):
     return loss
 
 
-@pytest.mark.parametrize(("temperature", "two_batches"), [(1.0, False), (20.0, True)])
+@pytest.mark.parametrize(
+    ("temperature", "two_batches"),
+    [pytest.param(1.0, False, marks=pytest.mark.slow), (20.0, True)],
+)
 def test_grasp_equals_the_explicit_hessian(temperature, two_batches):
     batch, params = data(), network()
     other = data(seed=5, examples=6) if two_batches else batch

@@ -99,7 +99,11 @@ def test_what_is_replaced_is_what_goes_on(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["lenet_300_100", "lenet5", "convnet_s", "resnet8", "resnet50", "vgg11"]
+    "name",
+    [
+        *("lenet_300_100", "lenet5", "convnet_s", "resnet8", "vgg11"),
+        pytest.param("resnet50", marks=pytest.mark.slow),
+    ],
 )
 def test_every_kernel_of_every_network_is_read(name):
     model, x = models.make_model(name, 10), jax.ShapeDtypeStruct((2, 32, 32, 3), "f4")

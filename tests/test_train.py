@@ -314,7 +314,9 @@ def assert_same_metrics(logs, expected):
         np.testing.assert_allclose(logs[name], expected[name], atol=1e-5)
 
 
-@pytest.mark.parametrize("network", ["linear", "convolution"])
+@pytest.mark.parametrize(
+    "network", ["linear", pytest.param("convolution", marks=pytest.mark.slow)]
+)
 def test_loop_and_scan_give_the_same_numbers(
     data, sparse_run, sparse_scan, convolved, network
 ):

@@ -321,7 +321,9 @@ def test_images_of_colour_and_of_the_same_size_are_standardised_alone():
         training.inputs(two, None)
 
 
-@pytest.mark.parametrize("which", ["prompted", "probed"])
+@pytest.mark.parametrize(
+    "which", [pytest.param("prompted", marks=pytest.mark.slow), "probed"]
+)
 def test_few_bits_of_the_moment_are_seen_by_what_is_trained(which):
     """Under `quantised` the frozen weights are those that rounding once makes."""
     bits = {"conv1/kernel": 8, "conv2/kernel": 3, "head/kernel": 8}
@@ -382,7 +384,8 @@ def test_what_cannot_be_frozen_is_said():
 
 WAYS = [
     # Maps of all kinds are trained in test_prompted.
-    pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ())
+    # A fine-tuned network resumes as others do, and starts as a probed one.
+    pytest.param(name, marks=pytest.mark.slow if name in (*ALIKE, "fine_tuned") else ())
     for name in TRANSFER_METHODS
 ]
 
@@ -429,7 +432,8 @@ def _plain(state):
     return state._replace(key=jax.random.key_data(state.key))
 
 
-@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
 def test_networks_of_few_bits_can_be_put_on_another_task(bits):
     images = [jnp.asarray(shown(), jnp.float32)]
     parts = (MODEL, source().params, source().model_state)

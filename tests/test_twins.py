@@ -186,7 +186,9 @@ def first_masks(tx):
     return {path: np.asarray(mask) for path, mask in masks.items()}
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize(
+    "name", ["rigl", pytest.param("set", marks=pytest.mark.slow), "gradual"]
+)
 def test_a_run_equals_its_twin(name):
     rule, refresh = TWINS[name]
     inner = optax.sgd(RATE, momentum=MOMENTUM)

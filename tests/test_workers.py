@@ -60,7 +60,7 @@ def contents(workdir):
     return {name: (of[name], without_time(found[name])) for name in names}
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_results_do_not_depend_on_the_number_of_workers(
     count, train, one_by_one, tmp_path, capsys
 ):

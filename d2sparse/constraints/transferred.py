@@ -65,7 +65,7 @@ def started_from(network: Pretrained) -> Constraint:
         named, with what is nearest to it. When applied, behind another constraint.
 
     >>> from d2sparse import data, models, train
-    >>> model = models.lenet_300_100(num_classes=4)
+    >>> model = models.from_linen(models.mlp.MLP((), 4))
     >>> params, state = model.init(jax.random.key(7), jnp.zeros((1, 8, 8, 1)))
     >>> source = Pretrained(model, params, state, 0.5, 0.25, (8, 8, 1))
     >>> images, labels = jnp.zeros((4, 8, 8, 1), jnp.uint8), jnp.arange(4)

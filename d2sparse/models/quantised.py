@@ -290,7 +290,7 @@ def calibrated(model: Model, bits: Bits, edges: int = 8) -> Model:
       ValueError: fewer or more bits, or the function is compiled.
 
     >>> from d2sparse import models
-    >>> coarse = calibrated(models.lenet_300_100(num_classes=3), bits=4)
+    >>> coarse = calibrated(models.from_linen(models.mlp.MLP((), 3)), bits=4)
     >>> x = jnp.ones((2, 8, 8, 1))
     >>> params, state = coarse.init(jax.random.key(0), x)
     >>> state.scales["head"].shape, bool(state.signed["head"])

@@ -196,8 +196,8 @@ def granet(
     >>> rule, key = granet(linear(0.0, 0.5, 2), 0.5), jax.random.key(0)
     >>> params = {"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]])}
     >>> grads = {"kernel": jnp.array([[9.0, 0.0], [0.0, 0.0]])}
-    >>> masks = rule.init(params, key)
-    >>> rule.update(masks, params, grads, 2, key)["kernel"].tolist()
+    >>> masks = jax.jit(rule.init)(params, key)
+    >>> jax.jit(rule.update)(masks, params, grads, 2, key)["kernel"].tolist()
     [[True, True], [False, False]]
     """
     prune = gradual(sparsity, scores.magnitude, distribution, prunable, selection)

@@ -63,9 +63,11 @@ def compare(
     """Trains what has not finished yet, reports on it, and returns a row a run.
 
     >>> import tempfile
+    >>> from d2sparse import models
     >>> config = Config(methods=("dense", "static"), steps=4, seeds=1, shift=0,
     ...                 progress=False, workdir=tempfile.mkdtemp())
-    >>> runs = compare(config)  # doctest: +ELLIPSIS
+    >>> linear = models.from_linen(models.mlp.MLP((), 10))
+    >>> runs = compare(config, model=linear)  # doctest: +ELLIPSIS
     /...
     >>> runs["method"].tolist()
     ['dense', 'static']
