@@ -245,7 +245,6 @@ def test_pruned_weights_stay_pruned():
         ((coupled((decayed(0.1, "output"),), ()),), "need no scores beside"),
         ((decayed(0.1), decayed(0.2, "constant")), "the decay, got gradient and const"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_together_is_refused(constraints, message):
     with pytest.raises(ValueError, match=message):
@@ -268,7 +267,6 @@ def test_a_network_without_hidden_neurons_is_named(training):
         ({"strength": 0.1, "normalise": "max"}, "expected normalise of tensor, global"),
         ({"strength": 0.1, "where": 3}, "expected a function as `where`"),
     ],
-    ids=str,
 )
 def test_an_option_out_of_range_is_refused(given, message):
     with pytest.raises(ValueError, match=message):

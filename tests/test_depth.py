@@ -490,7 +490,6 @@ def test_the_penalty_is_added_to_the_loss():
             "decides the masks, got static and egp",
         ),
     ],
-    ids=str,
 )
 def test_bad_input_is_refused_by_a_sentence(make, message):
     with pytest.raises(ValueError, match=message) as error:

@@ -122,7 +122,6 @@ def test_nothing_is_pruned_where_nothing_may_be():
         ({"base": math.nan}, "as `base`, got nan"),
         ({"tolerance": -0.1}, "as `tolerance`, got -0.1"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_searched_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
@@ -334,7 +333,6 @@ def test_a_released_search_differs():
         (lambda: threshold_search(2, Search(validation=0)), "between 0 and 1, got 0"),
         (lambda: threshold_search(2, Search(target=1.0)), r"in \[0, 1\), got 1.0"),
     ],
-    ids=str,
 )
 def test_a_number_out_of_range_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
