@@ -332,9 +332,11 @@ def test_few_bits_of_the_moment_are_seen_by_what_is_trained(which):
     else:
         behind = (sees(source()), frozen(["head"]))
 
+    start, images = plain(), target()  # Not made while something is compiled.
+
     def outputs(network, *coarse):
-        training = constrain(plain(), started_from(network), *coarse, *behind)
-        x = training.inputs(target(), None)
+        training = constrain(start, started_from(network), *coarse, *behind)
+        x = training.inputs(images, None)
         params, state = training.model.init(jax.random.key(0), x)
         return training.model.apply(params, state, x, train=False)[0]
 
@@ -418,7 +420,7 @@ def test_every_way_resumes_to_the_bit_and_serves_other_sources(name, caplog):
     other = starting_as(program, training_of(source(seed=5)))
     begun = other.init(jax.random.key(1), target())
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        further = fit(other, begun, target())
+        further = fit(other, begun, target(), watch)
     assert "ompil" not in caplog.text
     leaves = zip(*map(_numbers, (end.state, further.state)), strict=True)
     assert any((a != b).any() for a, b in leaves)
