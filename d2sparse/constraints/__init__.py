@@ -38,7 +38,7 @@ from d2sparse.constraints.depth import easier, egp, tlc
 from d2sparse.constraints.descent import distilled_rounds, stopped_by_entropy
 from d2sparse.constraints.distilled import distilled, finished
 from d2sparse.constraints.ensembles import free_tickets
-from d2sparse.constraints.gating import count_states_on, layers_of
+from d2sparse.constraints.gating import count_states_on, entropies_of, layers_of
 from d2sparse.constraints.grouped import group_lasso
 from d2sparse.constraints.growing import (
     Moves,
@@ -130,6 +130,7 @@ __all__ = [
     "distilled_rounds",
     "easier",
     "egp",
+    "entropies_of",
     "fine_tuned",
     "finished",
     "fisher",

@@ -177,14 +177,8 @@ def _measurer(
         blocks = sorted(get_gates(model_state).blocks)
         read = taps.read(apply, blocks)
         _, found = read(params, model_state, inputs(data, None), train=False)
-        distances = {}
-        for path, own in zip(blocks, jax.random.split(key, len(blocks)), strict=True):
-            x, y = found[path]
-            theta = regularizers.directions(own, directions, x[0].size)
-            distances[path] = regularizers.sliced_wasserstein(
-                x, y, theta, paired=paired
-            )
-        return distances
+        pairs = {path: (found[path].input, found[path].output) for path in blocks}
+        return regularizers.block_distances(pairs, key, directions, paired=paired)
 
     return measure
 

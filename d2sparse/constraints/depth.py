@@ -209,12 +209,12 @@ def egp(rounds: int = 4, fraction: float = 0.5, states: States = "egp") -> Const
     ) -> Changed:
         del number
         state = progress.state
-        counts = count_states_on(program, state, data)
+        feeding = layers_of(program, state, data).activations
+        counts = count_states_on(program, state, data, feeding)
         zero: Any = "off" if states == "egp" else "ignored"
         bits = entropies_of(counts, zero=zero, varying_only=True)
         gates = _without_constant(get_gates(state.model_state), counts, bits)
         state = changed_gates(state, gates)
-        feeding = layers_of(program, state, data).activations
         entropies = {
             leaf_of(state.params, layer, "kernel"): bits[path]
             for path in remaining(gates.active)

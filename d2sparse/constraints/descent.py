@@ -13,11 +13,10 @@ import numpy as np
 
 from d2sparse.checks import check_number
 from d2sparse.constraints.distilled import (
-    begin_student,
+    begin_taught,
     check_teaching,
     one_after_the_other,
     taught,
-    with_teacher,
 )
 from d2sparse.constraints.gating import count_states_on, entropies_of
 from d2sparse.constraints.lottery import Rewinds, iterative_magnitude
@@ -27,7 +26,6 @@ from d2sparse.train import (
     Phase,
     Program,
     Progress,
-    Teacher,
     Training,
     constrain,
     end,
@@ -66,11 +64,8 @@ def distilled_rounds(
         student = taught(constrain(training, pruned), 1, *lesson)
 
         def hand_over(progress: Progress, data: Data, program: Program) -> Progress:
-            last = len(first.phases) - 1
-            known = first.finish(progress, data, program.of(last))
-            begun = begin_student(program.training, progress.state, data)
-            own = with_teacher(begun, (Teacher(known.params, known.model_state),))
-            return student.begin(progress._replace(state=own), data)
+            state = begin_taught(first, progress, data, program)
+            return student.begin(progress._replace(state=state), data)
 
         return one_after_the_other(first, student, hand_over)
 

@@ -55,11 +55,7 @@ def distilled(
         student = taught(training, 1, weight, temperature)
 
         def hand_over(progress: Progress, data: Data, program: Program) -> Progress:
-            last = len(first.phases) - 1
-            state = first.finish(progress, data, program.of(last))
-            begun = begin_student(program.training, progress.state, data)
-            own = Teacher(state.params, state.model_state)
-            return progress._replace(state=with_teacher(begun, (own,)))
+            return progress._replace(state=begin_taught(first, progress, data, program))
 
         return one_after_the_other(first, student, hand_over)
 
@@ -112,7 +108,7 @@ def finished(
                     .statistics(Dual(params, params), Dual(own, own), data, state.key)
                     .slow
                 )
-            begun = begin_student(program.training, progress.state, data)
+            begun = _begin_student(program.training, progress.state, data)
             teachers = zip(state.params, state.model_state, strict=True)
             taught_by = with_teacher(begun, tuple(Teacher(*t) for t in teachers))
             start = taught_by._replace(
@@ -190,7 +186,17 @@ def check_teaching(weight: float, temperature: float) -> None:
         )
 
 
-def begin_student(training: Training, teacher: TrainState, data: Data) -> TrainState:
+def begin_taught(
+    first: Training, progress: Progress, data: Data, program: Program
+) -> TrainState:
+    """A new network whose teacher is the one that was trained first, at its end."""
+    last = len(first.phases) - 1
+    state = first.finish(progress, data, program.of(last))
+    begun = _begin_student(program.training, progress.state, data)
+    return with_teacher(begun, (Teacher(state.params, state.model_state),))
+
+
+def _begin_student(training: Training, teacher: TrainState, data: Data) -> TrainState:
     """A new network, whose randomness follows from that of the first."""
     key = jax.random.fold_in(teacher.key, 1)
     own: Settings = {name: teacher.settings[name] for name in training.settings}

@@ -13,6 +13,7 @@ from d2sparse.metrics import StateCounts
 from d2sparse.metrics.entropies import Zero
 from d2sparse.models import taps
 from d2sparse.models.gates import (
+    Activation,
     Gates,
     Layers,
     find_layers,
@@ -149,18 +150,28 @@ def layers_of(program: Program, state: TrainState, data: Data) -> Layers:
 
 
 def count_states_on(
-    program: Program, state: TrainState, data: Data
+    program: Program,
+    state: TrainState,
+    data: Data,
+    activations: Mapping[str, Activation] | None = None,
 ) -> dict[str, StateCounts]:
     """States of the units of all activation functions, over all of the data.
 
     In evaluation, that is without augmentation and with running statistics, channels
     with all their positions, in one pass.
 
+    Args:
+      program: of the network.
+      state: its weights and statistics.
+      data: the examples.
+      activations: those of `layers_of`, where they are known; to find them traces the
+        network.
+
     Raises:
       ValueError: the network has no activation functions that are Linen modules.
       FloatingPointError: what enters an activation function is not finite.
     """
-    found = layers_of(program, state, data).activations
+    found = activations or layers_of(program, state, data).activations
     if not found:
         raise ValueError(
             "expected activation functions that are Linen modules, to count states at, "

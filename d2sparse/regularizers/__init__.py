@@ -33,6 +33,7 @@ from d2sparse.regularizers.groups import (
 )
 from d2sparse.regularizers.spectral import nuclear_norm, singular_value_threshold
 from d2sparse.regularizers.transport import (
+    block_distances,
     directions,
     layer_collapse,
     sliced_wasserstein,
@@ -47,6 +48,7 @@ from d2sparse.regularizers.weights import (
 
 __all__ = [
     "Groups",
+    "block_distances",
     "directions",
     "group_hoyer_square",
     "group_lasso",

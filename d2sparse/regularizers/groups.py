@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from d2sparse import tree
 from d2sparse.checks import check_by_path
-from d2sparse.regularizers.weights import ratio_of_norms
+from d2sparse.regularizers.weights import ratio_of_norms, root
 from d2sparse.scores.local import widen
 from d2sparse.tree import Prunable, PyTree
 
@@ -94,10 +94,7 @@ def group_norms(params: PyTree, groups: Groups) -> dict[str, jax.Array]:
 
     def norms(name: str) -> jax.Array:
         each = (squares(p, a, counts[name]) for p, a in groups[name].items())
-        total = sum(each, start=jnp.zeros(counts[name], jnp.float32))
-        # The root of 0 has an infinite derivative, also where it is not chosen.
-        safe = jnp.sqrt(jnp.where(total > 0, total, 1))
-        return jnp.where(total > 0, safe, 0)
+        return root(sum(each, start=jnp.zeros(counts[name], jnp.float32)))
 
     return {name: norms(name) for name in groups}
 

@@ -17,12 +17,13 @@ strong the penalty must be depends on the size of the features.
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from d2sparse.checks import check_choice, check_key, check_whole
+from d2sparse.regularizers.weights import root
 
 Pairs = (
     Mapping[str, tuple[jax.Array, jax.Array]] | Collection[tuple[jax.Array, jax.Array]]
@@ -105,8 +106,7 @@ def sliced_wasserstein(
         difference = jnp.sort(project(x), axis=0) - jnp.sort(project(y), axis=0)
     squares = jnp.mean(difference**2, axis=0)
     square = jnp.max(squares) if reduce == "max" else jnp.mean(squares)
-    # The root has no slope at 0, and 0 times its infinity would be NaN.
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    return root(square)
 
 
 def layer_collapse(
@@ -131,20 +131,52 @@ def layer_collapse(
     >>> float(layer_collapse({"block1": (x, x), "block2": (x, x)}, jax.random.key(0)))
     0.0
     """
+    named = pairs if isinstance(pairs, Mapping) else dict(enumerate(pairs))
+    distances = list(block_distances(named, key, number, paired=paired).values())
+    return sum(distances[1:], distances[0]) / len(distances)
+
+
+def block_distances(
+    pairs: Mapping[Any, tuple[jax.Array, jax.Array]],
+    key: jax.Array,
+    number: int = 50,
+    *,
+    paired: bool = False,
+) -> dict[Any, jax.Array]:
+    """The max-sliced distance of every block, in directions of its own.
+
+    Args:
+      pairs: by block, as for `layer_collapse`.
+      key: a random key.
+      number: of directions of every block; static.
+      paired: as in `sliced_wasserstein`.
+
+    Returns:
+      By block, a scalar.
+
+    Raises:
+      ValueError: as for `layer_collapse`.
+
+    >>> x = jnp.ones((4, 2))
+    >>> print(block_distances({"block1": (x, x)}, jax.random.key(0))["block1"])
+    0.0
+    """
     check_key(key)
-    blocks = list(pairs.values() if isinstance(pairs, Mapping) else pairs)
-    if not blocks:
+    if not pairs:
         raise ValueError(
             "expected the input and output of at least one block, got none; name "
             "blocks that keep the shape of their input"
         )
-    distances = [
-        sliced_wasserstein(
-            x, y, directions(own, number, math.prod(x.shape[1:])), paired=paired
-        )
-        for own, (x, y) in zip(jax.random.split(key, len(blocks)), blocks, strict=True)
-    ]
-    return sum(distances[1:], distances[0]) / len(distances)
+
+    def distance(own: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        theta = directions(own, number, math.prod(x.shape[1:]))
+        return sliced_wasserstein(x, y, theta, paired=paired)
+
+    keys = jax.random.split(key, len(pairs))
+    return {
+        block: distance(own, *pair)
+        for own, (block, pair) in zip(keys, pairs.items(), strict=True)
+    }
 
 
 def _check_batches(x: jax.Array, y: jax.Array, directions: jax.Array) -> None:

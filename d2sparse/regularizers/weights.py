@@ -118,6 +118,16 @@ def ratio_of_norms(sizes: jax.Array) -> jax.Array:
     return jnp.square(jnp.sum(sizes)) / jnp.where(squares > 0, squares, 1)
 
 
+def root(squares: jax.Array) -> jax.Array:
+    """The square root of numbers of at least 0, whose derivative at 0 is 0.
+
+    >>> root(jnp.array([4.0, 0.0])).tolist()
+    [2.0, 0.0]
+    """
+    # That of the root is infinite there, also where it is not chosen.
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+
+
 def change_leaves(
     change: Callable[[jax.Array], jax.Array], params: PyTree, prunable: Prunable
 ) -> PyTree:

@@ -7,16 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from d2sparse import metrics, plots, train, tree
+from d2sparse import plots, train, tree
 from d2sparse.checks import optional
-from d2sparse.constraints import count_states_on, layers_of
+from d2sparse.constraints import count_states_on, entropies_of, layers_of
 from d2sparse.models.gates import Gates, leaf_of
 from d2sparse.study import reporting
 from d2sparse.study.frames import summarise
 from d2sparse.study.reporting import Comparison
 from d2sparse.study.runner import End, judged
 from d2sparse.study.tables import table_of
-from d2sparse.train import Data, Program, TrainState
 
 with optional(__name__):
     import pandas as pd
@@ -52,14 +51,18 @@ def examine(end: End) -> dict[str, Any]:
         for own in found.values()
         for layer in own.kernels
     }
-    entropies = entropies_of(end.program, state, data) if found else {}
-    active = {name: value for name, value in entropies.items() if value is not None}
+    bits: dict[str, float] = {}
+    if found:
+        counts = count_states_on(end.program, state, data, found)
+        bits = entropies_of(counts, zero="off", varying_only=False)
+    gone = _gone(state.model_state, bits)
+    active = [own for name, own in bits.items() if name not in gone]
     return {
         "compression": total / stored,
         "neurons": live_neurons(masks.used[0], feeding) if feeding else np.nan,
         "activations": len(active) if found else np.nan,
-        "entropies": {name: value or 0.0 for name, value in entropies.items()},
-        "entropy": float(np.mean(list(active.values()))) if active else np.nan,
+        "entropies": {n: 0.0 if n in gone else own for n, own in bits.items()},
+        "entropy": float(np.mean(active)) if active else np.nan,
         "train_accuracy": train.accuracy_of(end.program, state, data),
     }
 
@@ -75,20 +78,6 @@ def live_neurons(masks: Any, kernels: Collection[str]) -> float:
     own = [leaf for path, leaf in tree.flatten(masks).items() if path in kernels]
     live = [np.any(k, axis=tuple(range(np.ndim(k) - 1))) for k in own]
     return float(np.mean(np.concatenate(live)))
-
-
-def entropies_of(
-    program: Program, state: TrainState, data: Data
-) -> dict[str, float | None]:
-    """Mean ON/OFF entropy of the channels of every activation function, in bits.
-
-    Returns:
-      By activation function; None where it has become linear, or its block is dropped.
-    """
-    counts = count_states_on(program, state, data)
-    entropies = metrics.layer_entropy(counts, zero="off", varying_only=False)
-    gone = _gone(state.model_state, entropies)
-    return {n: None if n in gone else float(h) for n, h in entropies.items()}
 
 
 def _gone(model_state: Any, names: Collection[str]) -> set[str]:

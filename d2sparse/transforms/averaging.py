@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from d2sparse.transforms.inputs import is_abstract, is_placeholder, widened
+from d2sparse.transforms.inputs import (
+    is_abstract,
+    is_placeholder,
+    refuse_none,
+    widened,
+)
 from d2sparse.transforms.states import zero_pruned
 from d2sparse.tree import PyTree
 
@@ -98,11 +103,7 @@ def average_weights(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AverageState]:
-        if params is None:
-            raise ValueError(
-                "average_weights needs the parameters: call `tx.update(grads, state, "
-                "params)`"
-            )
+        params = refuse_none(params, "average_weights")
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         after = optax.apply_updates(params, updates)
         number = jnp.maximum(state.step - begin, 0) + 1

@@ -11,7 +11,7 @@ from d2sparse import tree
 from d2sparse.checks import check_choice, check_function, check_number
 from d2sparse.masks import is_gap
 from d2sparse.schedules import Schedule
-from d2sparse.transforms.inputs import is_abstract, refuse_missing
+from d2sparse.transforms.inputs import is_abstract, refuse_missing, refuse_none
 from d2sparse.tree import Prunable, PyTree
 
 Strength = float | jax.Array | Schedule
@@ -121,11 +121,7 @@ def sensitivity_decay(
         scores: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, DecayState]:
-        if params is None:
-            raise ValueError(
-                "sensitivity_decay needs the parameters: call `tx.update(grads, state, "
-                "params)`"
-            )
+        params = refuse_none(params, "sensitivity_decay")
         refuse_missing(updates, params)
         weights = tree.prunable_leaves(params, where)
         if score == "given":

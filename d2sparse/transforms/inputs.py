@@ -74,6 +74,22 @@ def is_placeholder(params: PyTree) -> bool:
     return structure.num_nodes == 1 and not structure.num_leaves and not is_container
 
 
+def refuse_none(params: PyTree | None, name: str) -> PyTree:
+    """The parameters that an update was given.
+
+    Raises:
+      ValueError: it was given none; naming the transformation.
+
+    >>> refuse_none({"w": 1.0}, "sparsify")
+    {'w': 1.0}
+    """
+    if params is None:
+        raise ValueError(
+            f"{name} needs the parameters: call `tx.update(grads, state, params)`"
+        )
+    return params
+
+
 def refuse_missing(grads: PyTree, params: PyTree) -> None:
     """Raises if a leaf of the parameters has no gradient.
 

@@ -13,7 +13,7 @@ from d2sparse.checks import check_function, check_whole
 from d2sparse.regularizers import Groups
 from d2sparse.schedules import Step
 from d2sparse.transforms.decays import Strength, as_schedule
-from d2sparse.transforms.inputs import is_abstract, refuse_missing
+from d2sparse.transforms.inputs import is_abstract, refuse_missing, refuse_none
 from d2sparse.tree import PyTree
 
 Prox = Callable[[PyTree, float | jax.Array], PyTree]
@@ -186,10 +186,7 @@ def _followed(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProximalState]:
-        if params is None:
-            raise ValueError(
-                f"{name} needs the parameters: call `tx.update(grads, state, params)`"
-            )
+        params = refuse_none(params, name)
         refuse_missing(updates, params)
         changes, moments = inner.update(updates, state.inner, params, **extra_args)
         before = optax.apply_updates(params, changes)

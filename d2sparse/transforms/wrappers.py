@@ -17,6 +17,7 @@ from d2sparse.transforms.inputs import (
     is_placeholder,
     key_implementation,
     refuse_missing,
+    refuse_none,
     refuse_pairs,
     widened,
 )
@@ -163,10 +164,7 @@ def _under_masks(
         growth_fn: Callable[[], PyTree] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        if params is None:
-            raise ValueError(
-                f"{name} needs the parameters: call `tx.update(grads, state, params)`"
-            )
+        params = refuse_none(params, name)
         refuse_missing(updates, params)
         seen, observed = updates, state.observed
         if rule.observe is not None:
