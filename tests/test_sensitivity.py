@@ -180,10 +180,10 @@ def test_half_precision_is_scored_in_float32():
     def both(dtype):
         params = jax.tree.map(lambda w: jnp.asarray(w, dtype), PARAMS)
         offsets = jnp.zeros((BATCH, HIDDEN), dtype)
-        outputs = lambda z: network(params, X.astype(dtype), z)  # noqa: E731
+        x = X.astype(dtype)
         return (
             scores.output_sensitivity(lambda p: network(p, X), params),
-            scores.neuron_sensitivity(outputs, offsets),
+            scores.neuron_sensitivity(lambda z: network(params, x, z), offsets),
         )
 
     half, single = jax.jit(lambda: (both(jnp.bfloat16), both(jnp.float32)))()

@@ -217,8 +217,9 @@ def _counter(apply: Callable[..., Any], inputs: Callable[..., Any]) -> Any:
 
 
 def _none(shape: tuple[int, ...]) -> StateCounts:
-    zeros = np.zeros(shape, np.int32)
-    return StateCounts(zeros, zeros, zeros)  # type: ignore[arg-type]
+    # Of numpy: zeros of jax are a program for every number of channels.
+    zeros: Any = np.zeros(shape, np.int32)
+    return StateCounts(zeros, zeros, zeros)
 
 
 def changed_gates(state: TrainState, gates: Gates) -> TrainState:
