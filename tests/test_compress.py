@@ -148,6 +148,16 @@ def test_a_panel_a_method_has_a_line_a_layer():
         plots.entropies_of_layers([])
 
 
+def test_names_of_many_layers_stay_inside_of_the_figure():
+    bits = {f"stage{n}_block{n}/relu1": 0.5 for n in range(25)}
+    figure = plots.entropies_of_layers([{"method": "a", "part": 0, "entropies": bits}])
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.y0 >= 0
+    assert box.y1 <= figure.bbox.y1
+
+
 def test_decays_are_compared_at_three_strengths_or_those_that_are_given(monkeypatch):
     asked = []
     monkeypatch.setattr(compress.study, "compare", lambda c, e, model: asked.append(c))

@@ -12,6 +12,7 @@ from d2sparse.plots.labels import label_ends
 from d2sparse.plots.style import STYLE, as_percent, looks
 
 _COLUMNS = 3  # Panels beside each other.
+_LINE = 0.2  # Inches that the name of a layer takes.
 
 
 def accuracy_against(
@@ -94,8 +95,9 @@ def entropies_of_layers(rows: Sequence[Mapping[str, Any]], key: str = "part") ->
     columns = min(_COLUMNS, len(methods))
     lines = -(-len(methods) // columns)
     with mpl.rc_context(STYLE):
-        size = (2.9 * columns + 1.2, 2.4 * lines + 0.4)
-        figure = Figure(figsize=size)
+        # As high as the panels or as the names of many layers.
+        height = max(2.4 * lines, _LINE * len(layers)) + 0.4
+        figure = Figure(figsize=(2.9 * columns + 1.2, height))
         panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
         for axes, method in zip(panels.flat, methods, strict=False):
             own = [row for row in rows if row["method"] == method]
@@ -110,5 +112,5 @@ def entropies_of_layers(rows: Sequence[Mapping[str, Any]], key: str = "part") ->
         figure.supxlabel(key, fontsize=10)
         figure.supylabel("ON/OFF entropy, bits", fontsize=10)
         handles, names = panels.flat[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside right center")
+        figure.legend(handles, names, loc="outside right center", fontsize=8)
     return figure
